@@ -1,0 +1,71 @@
+"""The engine protocol: tokens in, tokens and their log-probs out."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from axpo.tree import Image
+
+
+class Finish(StrEnum):
+    """Why a generation ended."""
+
+    STOP = "stop"  # the policy emitted the end-of-turn token (it is the last id)
+    LENGTH = "length"  # the token limit was reached
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The sampling distribution. `top_k` 0 and `top_p` 1 leave it whole; `temperature` 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation: continue `ids` (which hold the placeholders of `images`, in order).
+
+    `rollout` names the rollout that asks, as given to `Engine.rollout`. `seed` alone decides the random numbers.
+    """
+
+    ids: Sequence[int]
+    images: Sequence[Image]
+    sampling: Sampling
+    seed: int
+    rollout: "RolloutKey"
+
+
+@dataclass(frozen=True, order=True)
+class RolloutKey:
+    """The identity of a rollout: it orders what happens at the same time, so that a run can be repeated."""
+
+    question_id: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New ids, the log-prob of each under the sampling distribution, and why it ended."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish: Finish
+
+
+class Engine(Protocol):
+    """What rollouts need of an inference engine."""
+
+    async def generate(self, request: Request) -> Generation: ...
+
+    def rollout(self, key: RolloutKey) -> AbstractContextManager[Any]:
+        """Surrounds one rollout, so that the engine knows that further requests of it may come."""
+        ...
+
+    def update_weights(self) -> None:
+        """The policy's weights have changed: forget what was computed with the old ones."""
+        ...

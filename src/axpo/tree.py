@@ -1,0 +1,247 @@
+"""The rollout tree: every token has one owner.
+
+The root segment holds the prompt of a question, N rollouts branch from it, and a fork splits a policy
+segment at a token and adds siblings after it. Whatever is shared (a prompt, a frozen thinking prefix) is
+stored once, generated once and trained once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class TreeError(ValueError):
+    """A rollout tree was asked for something that would make it inconsistent."""
+
+
+class Kind(StrEnum):
+    """Who wrote a segment. Only `POLICY` tokens are ever trained."""
+
+    PROMPT = "prompt"
+    POLICY = "policy"
+    OBSERVATION = "observation"
+
+
+class StopReason(StrEnum):
+    """Why a rollout ended."""
+
+    ANSWER = "answer"  # the policy ended its turn without a tool call
+    TURNS = "turns"  # it called a tool in its last turn, where none is run any more
+    TOKENS = "tokens"  # a turn reached its token limit, or the context is full
+    IMAGES = "images"  # an observation would have passed the limit on images
+    VOID = "void"  # a system fault: no reward, no advantage
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image as the conversation holds it.
+
+    `data` is the encoded file (PNG, JPEG, ...) at its original resolution; `grid` is the image
+    processor's (t, h, w) in patches; `tokens` is the number of placeholder ids it takes.
+    """
+
+    data: bytes
+    grid: tuple[int, int, int]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CallSpan:
+    """Where a tool call lies in the ids of a policy segment, as half-open token indices.
+
+    `opened` is the index just past the opening tag: the fork point. It is None where a token merges the
+    tag with following text, so that no prefix can end there. `end` is past the closing tag, or the
+    segment's end for a call that never closes.
+    """
+
+    start: int
+    opened: int | None
+    end: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a rollout ended. `reward` is None where it was not decided: such a rollout is void."""
+
+    stop: StopReason
+    reward: float | None = None
+    answer: str = ""
+    decided_by: str = ""  # the rule that decided, or the reason why the rollout is void
+
+    @property
+    def void(self) -> bool:
+        return self.reward is None
+
+
+@dataclass(frozen=True)
+class Credit:
+    """A segment's share in the loss: its advantage, and the trained tokens of its whole stream.
+
+    A stream is what one term of eq. 5 averages over: a rollout, a source prefix or a continuation.
+    """
+
+    advantage: float
+    stream_tokens: int
+
+
+@dataclass(eq=False)
+class Segment:
+    """A run of tokens with one author. `logprobs` (policy only) are under the sampling distribution."""
+
+    kind: Kind
+    ids: Ids
+    logprobs: Floats | None = None
+    images: tuple[Image, ...] = ()
+    calls: tuple[CallSpan, ...] = ()
+    resampled: bool = False  # the first segment of a continuation drawn after a fork
+    outcome: Outcome | None = None
+    credit: Credit | None = None
+    parent: "Segment | None" = field(default=None, repr=False)
+    children: "list[Segment]" = field(default_factory=list, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def path(self) -> "list[Segment]":
+        """The segments from the root down to this one."""
+        segments: list[Segment] = []
+        segment: Segment | None = self
+        while segment is not None:
+            segments.append(segment)
+            segment = segment.parent
+        return segments[::-1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rollout laid flat, T tokens: what an engine or another framework takes."""
+
+    ids: Ids  # (T,)
+    trained: npt.NDArray[np.bool_]  # (T,) True on policy tokens
+    logprobs: Floats  # (T,) 0 outside policy tokens
+    advantages: Floats  # (T,) 0 where a segment has no credit
+    images: tuple[Image, ...]
+    outcome: Outcome | None
+
+
+class RolloutTree:
+    """All rollouts of one question."""
+
+    def __init__(self, question_id: str, prompt_ids: Sequence[int] | Ids, images: Sequence[Image] = ()) -> None:
+        self.question_id = question_id
+        self.root = Segment(Kind.PROMPT, np.asarray(prompt_ids, dtype=np.int64), images=tuple(images))
+
+    def append(
+        self,
+        parent: Segment,
+        kind: Kind,
+        ids: Sequence[int] | Ids,
+        logprobs: Sequence[float] | Floats | None = None,
+        images: Sequence[Image] = (),
+        calls: Sequence[CallSpan] = (),
+        resampled: bool = False,
+    ) -> Segment:
+        """Add a segment below `parent` and return it.
+
+        Raises TreeError if the parent has ended, or if log-probs are missing, superfluous or of another length.
+        """
+        if parent.outcome is not None:
+            raise TreeError("cannot append to a rollout that has ended")
+        if kind is Kind.PROMPT:
+            raise TreeError("only the root is a prompt")
+        if (logprobs is not None) != (kind is Kind.POLICY):
+            raise TreeError(f"a {kind} segment {'needs' if kind is Kind.POLICY else 'takes no'} log-probs")
+        if logprobs is not None and len(logprobs) != len(ids):
+            raise TreeError(f"{len(ids)} ids but {len(logprobs)} log-probs")
+        segment = Segment(
+            kind,
+            np.asarray(ids, dtype=np.int64),
+            None if logprobs is None else np.asarray(logprobs, dtype=np.float32),
+            tuple(images),
+            tuple(calls),
+            resampled,
+            parent=parent,
+        )
+        parent.children.append(segment)
+        return segment
+
+    def fork(self, segment: Segment, token_index: int) -> Segment:
+        """Split a policy segment so that new continuations can be appended after its first tokens.
+
+        `segment` itself becomes the prefix `ids[:token_index]`; the rest becomes its first child, which
+        takes over the outcome and everything below. Returns the prefix. Splitting where it is already
+        split (`token_index == len(segment)`) changes nothing, so one prefix may be forked twice.
+
+        Raises TreeError for a segment of another kind, or an index outside 1..len(segment).
+        """
+        if segment.kind is not Kind.POLICY:
+            raise TreeError(f"a {segment.kind} segment cannot be forked: only the policy's own tokens can")
+        if not 1 <= token_index <= len(segment):
+            raise TreeError(f"token index {token_index} is outside 1..{len(segment)}")
+        if token_index == len(segment) and segment.children:
+            return segment
+        if token_index == len(segment):
+            raise TreeError("nothing follows the fork point")
+        assert segment.logprobs is not None
+        rest = Segment(
+            Kind.POLICY,
+            segment.ids[token_index:],
+            segment.logprobs[token_index:],
+            calls=tuple(
+                CallSpan(c.start - token_index, None if c.opened is None else c.opened - token_index, c.end - token_index)
+                for c in segment.calls
+                if c.start >= token_index
+            ),
+            outcome=segment.outcome,
+            credit=segment.credit,
+            parent=segment,
+            children=segment.children,
+        )
+        for child in rest.children:
+            child.parent = rest
+        segment.ids = segment.ids[:token_index]
+        segment.logprobs = segment.logprobs[:token_index]
+        segment.calls = tuple(
+            replace(c, end=min(c.end, token_index)) for c in segment.calls if c.start < token_index
+        )
+        segment.outcome = None
+        segment.children = [rest]
+        return segment
+
+    def segments(self) -> Iterator[Segment]:
+        """All segments, depth first, each before what lies below it."""
+        stack = [self.root]
+        while stack:
+            segment = stack.pop()
+            yield segment
+            stack.extend(reversed(segment.children))
+
+    def leaves(self) -> list[Segment]:
+        """The ends of the rollouts, depth first; the prompt alone is not a rollout."""
+        return [s for s in self.segments() if not s.children and s is not self.root]
+
+    def rows(self) -> list[Row]:
+        """Every rollout laid flat, in the order of `leaves`. Shared tokens are repeated in each row."""
+        return [_row(leaf) for leaf in self.leaves()]
+
+
+def _row(leaf: Segment) -> Row:
+    path = leaf.path()
+
+    def spread(values: "list[Floats]") -> Floats:
+        return np.concatenate(values).astype(np.float32)
+
+    return Row(
+        ids=np.concatenate([s.ids for s in path]),
+        trained=np.concatenate([np.full(len(s), s.kind is Kind.POLICY) for s in path]),
+        logprobs=spread([np.zeros(len(s), np.float32) if s.logprobs is None else s.logprobs for s in path]),
+        advantages=spread([np.full(len(s), s.credit.advantage if s.credit else 0.0, np.float32) for s in path]),
+        images=tuple(image for s in path for image in s.images),
+        outcome=leaf.outcome,
+    )
