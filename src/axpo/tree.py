@@ -5,8 +5,8 @@ segment at a token and adds siblings after it. Whatever is shared (a prompt, a f
 stored once, generated once and trained once.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -117,6 +117,16 @@ class Segment:
             segment = segment.parent
         return segments[::-1]
 
+    @property
+    def in_continuation(self) -> bool:
+        """Whether the path down to here runs through a continuation that was drawn after a fork."""
+        return any(segment.resampled for segment in self.path())
+
+    @property
+    def uses_tool(self) -> bool:
+        """Whether the policy opened a tool call on the path down to here, well-formed or not."""
+        return any(segment.calls for segment in self.path())
+
 
 @dataclass(frozen=True)
 class Row:
@@ -156,7 +166,7 @@ class RolloutTree:
         if kind is Kind.PROMPT:
             raise TreeError("only the root is a prompt")
         if (logprobs is not None) != (kind is Kind.POLICY):
-            raise TreeError(f"a {kind} segment {'needs' if kind is Kind.POLICY else 'takes no'} log-probs")
+            raise TreeError(f"{kind} segments {'need' if kind is Kind.POLICY else 'take no'} log-probs")
         if logprobs is not None and len(logprobs) != len(ids):
             raise TreeError(f"{len(ids)} ids but {len(logprobs)} log-probs")
         segment = Segment(
@@ -175,29 +185,27 @@ class RolloutTree:
         """Split a policy segment so that new continuations can be appended after its first tokens.
 
         `segment` itself becomes the prefix `ids[:token_index]`; the rest becomes its first child, which
-        takes over the outcome and everything below. Returns the prefix. Splitting where it is already
-        split (`token_index == len(segment)`) changes nothing, so one prefix may be forked twice.
+        takes over the outcome and everything below. Returns the prefix. At the segment's own end
+        (`token_index == len(segment)`) nothing is left to split, so one prefix may be forked twice. A call
+        that the fork cuts in two stays with the prefix, where it begins, and ends there.
 
-        Raises TreeError for a segment of another kind, or an index outside 1..len(segment).
+        Raises TreeError for a segment of another kind, an index outside 1..len(segment), or an index at
+        the end of a rollout, where nothing follows.
         """
         if segment.kind is not Kind.POLICY:
-            raise TreeError(f"a {segment.kind} segment cannot be forked: only the policy's own tokens can")
+            raise TreeError(f"only policy segments can be forked, not {segment.kind} ones")
         if not 1 <= token_index <= len(segment):
             raise TreeError(f"token index {token_index} is outside 1..{len(segment)}")
-        if token_index == len(segment) and segment.children:
-            return segment
         if token_index == len(segment):
-            raise TreeError("nothing follows the fork point")
+            if not segment.children:
+                raise TreeError("nothing follows the fork point")
+            return segment
         assert segment.logprobs is not None
         rest = Segment(
             Kind.POLICY,
             segment.ids[token_index:],
             segment.logprobs[token_index:],
-            calls=tuple(
-                CallSpan(c.start - token_index, None if c.opened is None else c.opened - token_index, c.end - token_index)
-                for c in segment.calls
-                if c.start >= token_index
-            ),
+            calls=tuple(_shift(call, token_index) for call in segment.calls if call.start >= token_index),
             outcome=segment.outcome,
             credit=segment.credit,
             parent=segment,
@@ -207,9 +215,7 @@ class RolloutTree:
             child.parent = rest
         segment.ids = segment.ids[:token_index]
         segment.logprobs = segment.logprobs[:token_index]
-        segment.calls = tuple(
-            replace(c, end=min(c.end, token_index)) for c in segment.calls if c.start < token_index
-        )
+        segment.calls = tuple(_cut(call, token_index) for call in segment.calls if call.start < token_index)
         segment.outcome = None
         segment.children = [rest]
         return segment
@@ -226,9 +232,42 @@ class RolloutTree:
         """The ends of the rollouts, depth first; the prompt alone is not a rollout."""
         return [s for s in self.segments() if not s.children and s is not self.root]
 
+    def base_leaves(self) -> list[Segment]:
+        """The ends of the N rollouts sampled at first, in the order of `leaves`: the group of plain GRPO."""
+        return [leaf for leaf in self.leaves() if not leaf.in_continuation]
+
+    def continuations(self, prefix: Segment) -> list[Segment]:
+        """The ends of the continuations drawn after `prefix`, in the order of `leaves`."""
+        depth = len(prefix.path())
+        below = [leaf for leaf in self.leaves() if prefix in leaf.path()[:-1]]
+        return [leaf for leaf in below if leaf.path()[depth].resampled]
+
     def rows(self) -> list[Row]:
         """Every rollout laid flat, in the order of `leaves`. Shared tokens are repeated in each row."""
         return [_row(leaf) for leaf in self.leaves()]
+
+
+def scored(leaves: Iterable[Segment]) -> list[tuple[Segment, float]]:
+    """The leaves that have a reward, each with it; void ones are left out.
+
+    Raises TreeError for a rollout that has not ended.
+    """
+    pairs = []
+    for leaf in leaves:
+        if leaf.outcome is None:
+            raise TreeError("a rollout has not ended: its last segment has no outcome")
+        if leaf.outcome.reward is not None:
+            pairs.append((leaf, leaf.outcome.reward))
+    return pairs
+
+
+def _shift(call: CallSpan, by: int) -> CallSpan:
+    return CallSpan(call.start - by, None if call.opened is None else call.opened - by, call.end - by)
+
+
+def _cut(call: CallSpan, length: int) -> CallSpan:
+    opened = None if call.opened is None or call.opened > length else call.opened
+    return CallSpan(call.start, opened, min(call.end, length))
 
 
 def _row(leaf: Segment) -> Row:

@@ -1,0 +1,67 @@
+"""The policy loss, on flat tensors over the n trained tokens of a batch (AXPO, arXiv 2605.28774, eqs. 5 and 6)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["seq-mean", "token-mean"]
+
+# exp of more overflows float32 soon; verl clamps the log-ratio there too. Beyond it the gradient is 0.
+_LOG_RATIO_LIMIT = 20.0
+
+
+def clipped_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.4
+) -> Tensor:
+    """min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A) for each token, (n,): to be maximised (eq. 6, without its KL term).
+
+    ρ is the ratio of the policy to the sampling policy; its logarithm is clamped to ±20.
+    """
+    ratio = (logprobs - old_logprobs).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT).exp()
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """The k3 estimate of KL(π‖π_ref) for each token, (n,): q − 1 − log q with q = π_ref/π, never negative.
+
+    Source: J. Schulman, "Approximating KL Divergence", 2020. The logarithm is clamped to ±20.
+    """
+    log_ratio = (reference_logprobs - logprobs).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def token_weights(
+    stream_tokens: Tensor, rollouts: int, total_tokens: int, aggregation: Aggregation = "seq-mean"
+) -> Tensor:
+    """How much each trained token weighs in the loss, (n,), in the dtype of `stream_tokens` if that is floating.
+
+    `stream_tokens` (n,) is the length of each token's own stream, `rollouts` is B·N of the whole step and
+    `total_tokens` the trained tokens of the whole step. "seq-mean" is the sum of eq. 5 divided by B·N: a mean
+    within each stream, and a continuation weighs as much as a rollout. "token-mean" weighs all tokens equally.
+    """
+    if aggregation == "seq-mean":
+        return (stream_tokens * rollouts).reciprocal()
+    return torch.full_like(stream_tokens, total_tokens).reciprocal()
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    reference_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.4,
+    kl: float = 1e-3,
+) -> Tensor:
+    """−Σᵢ wᵢ (surrogateᵢ − β·KLᵢ), a scalar to be minimised (eqs. 5 and 6), β being `kl`.
+
+    All tensors are (n,) over trained tokens; `weights` come from `token_weights`. Parts of a step add up to the
+    whole of it. Without a reference there is no KL term.
+    """
+    objective = clipped_surrogate(logprobs, old_logprobs, advantages, clip_low, clip_high)
+    if reference_logprobs is not None:
+        objective = objective - kl * kl_k3(logprobs, reference_logprobs)
+    return -(weights * objective).sum()

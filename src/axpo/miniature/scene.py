@@ -1,0 +1,104 @@
+"""Pictures of the miniature: small print that can be read only after zooming in.
+
+A scene is a 4 × 4 grid of cells, some of which hold a coloured plaque with a digit in small print. At the
+model's input resolution a cell is one vision token: colour and shape are plain, the digit is not. A
+crop of one cell from the original shows it.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+GRID = 4
+CELL = 128  # pixels of the original; the model sees a quarter of that
+DIGIT_HEIGHT = 20
+COLOURS = {
+    "red": (200, 60, 60),
+    "green": (70, 160, 80),
+    "blue": (70, 90, 200),
+    "yellow": (205, 185, 60),
+    "purple": (150, 70, 170),
+    "orange": (220, 130, 50),
+}
+SHAPES = ("square", "disc", "diamond", "triangle")
+
+
+@dataclass(frozen=True)
+class Plaque:
+    """One object: `cell` counts row by row from the top left, 0..15."""
+
+    colour: str
+    shape: str
+    cell: int
+    digit: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """The cell's box in thousandths of the image: x1, y1, x2, y2."""
+        return cell_box(self.cell)
+
+
+def cell_box(cell: int) -> tuple[int, int, int, int]:
+    """The box of a cell in thousandths of the image: x1, y1, x2, y2."""
+    side = 1000 // GRID
+    x, y = cell % GRID * side, cell // GRID * side
+    return x, y, x + side, y + side
+
+
+def draw_scene(plaques: list[Plaque], rng: np.random.Generator) -> bytes:
+    """The scene at its original resolution (512 × 512), as PNG bytes."""
+    side = GRID * CELL
+    image = Image.fromarray(_ground(side, rng))
+    for plaque in plaques:
+        x, y = plaque.cell % GRID * CELL, plaque.cell // GRID * CELL
+        _draw_plaque(image, x, y, plaque, rng)
+    return png(image)
+
+
+def png(image: Image.Image) -> bytes:
+    """Encoded with little effort: these pictures live in memory, and encoding is in every step."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _ground(side: int, rng: np.random.Generator) -> np.ndarray:
+    # The grain survives the shrinking to the model's resolution, where it drowns what is left of the print.
+    grain = rng.normal(0, 16, (side // 8, side // 8, 1)) + rng.normal(0, 5, (side // 8, side // 8, 3))
+    coarse = np.clip(188 + grain, 0, 255).astype(np.uint8)
+    return np.repeat(np.repeat(coarse, 8, 0), 8, 1)
+
+
+def _draw_plaque(image: Image.Image, x: int, y: int, plaque: Plaque, rng: np.random.Generator) -> None:
+    region = image.crop((x, y, x + CELL, y + CELL))
+    mask = Image.new("L", (CELL, CELL), 0)
+    shape = ImageDraw.Draw(mask)
+    low, middle, high = 14, CELL // 2, CELL - 14
+    if plaque.shape == "square":
+        shape.rectangle((low, low, high, high), fill=255)
+    elif plaque.shape == "disc":
+        shape.ellipse((low, low, high, high), fill=255)
+    elif plaque.shape == "diamond":
+        shape.polygon(((middle, low), (high, middle), (middle, high), (low, middle)), fill=255)
+    else:
+        shape.polygon(((middle, low), (high, high), (low, high)), fill=255)
+    grain = np.asarray(region, dtype=np.float64) - 188.0
+    paint = np.clip(np.array(COLOURS[plaque.colour]) + grain, 0, 255).astype(np.uint8)
+    region.paste(Image.fromarray(paint), mask=mask)
+    _print_digit(region, plaque.digit, rng)
+    image.paste(region, (x, y))
+
+
+def _print_digit(region: Image.Image, digit: int, rng: np.random.Generator) -> None:
+    # Light strokes with a dark rim of about the same area: shrunk, they cancel out.
+    font = ImageFont.load_default(DIGIT_HEIGHT)
+    centre = (CELL // 2 + int(rng.integers(-3, 4)), CELL // 2 + 10 + int(rng.integers(-3, 4)))
+    ImageDraw.Draw(region).text(
+        centre, str(digit), font=font, anchor="mm", fill=(255, 255, 255), stroke_width=2, stroke_fill=(20, 20, 20)
+    )

@@ -1,0 +1,115 @@
+"""The policy: a Hugging Face model, called with explicit positions and masks.
+
+The engine and the trainer both come through here, so that what was sampled is what is trained: the same
+forward, and the same log-probs of the same distribution.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from axpo.chat import Chat
+
+
+class PolicyError(ValueError):
+    """A model that cannot be loaded."""
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the vision encoder computed: a tensor (tokens, hidden) for each image, and the same for each layer
+    that feeds the language model directly (DeepStack). The names are those that the model reads."""
+
+    pooler_output: Sequence[Tensor]
+    deepstack_features: Sequence[Sequence[Tensor]]
+
+
+def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """Load a checkpoint in evaluation mode: a vision-language model where its config has a vision part.
+
+    Raises PolicyError where `path` is not a checkpoint.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise PolicyError(f"{path} is not a checkpoint: it holds no config.json")
+    try:
+        sees = getattr(AutoConfig.from_pretrained(path), "vision_config", None) is not None
+        family = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model: PreTrainedModel = family.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise PolicyError(f"{path} is not a checkpoint that can be opened: {error}") from error
+    return model.to(device).eval()  # type: ignore[arg-type, no-any-return]
+
+
+def banned_tokens(chat: Chat, model: PreTrainedModel) -> Tensor:
+    """The ids that the policy can never write: (n,) on the model's device.
+
+    To the chat's banned ids come the rows that pad the model's vocabulary beyond the tokenizer's.
+    """
+    padding = range(len(chat.tokenizer), vocabulary_size(model))
+    return torch.tensor([*chat.banned_ids, *padding], dtype=torch.long, device=model.device)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """The number of logits of the model."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def image_features(model: PreTrainedModel, pixels: Tensor, grids: Tensor) -> ImageFeatures:
+    """Encode images: patches (P, dim) and grids (n, 3), as `Chat.pixels` gives them."""
+    encode: Any = model.get_image_features
+    features = encode(pixels.to(model.device), grids.to(model.device), return_dict=True)
+    return ImageFeatures(features.pooler_output, features.deepstack_features)
+
+
+def forward_logits(
+    model: PreTrainedModel,
+    ids: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    images: ImageFeatures | tuple[Tensor, Tensor] | None = None,
+    keep: Tensor | None = None,
+    past: Any = None,
+) -> Tensor:
+    """The next-token logits, (B, T or kept, V).
+
+    `ids` (B, T); `positions` (3, B, T) as `mrope_positions` gives them, of which a text-only model takes the
+    first axis; `mask` (B, 1, T, S), True where a query may attend to a key, or what is added to the scores;
+    `images` the features, or (patches, grids), of all images whose placeholders are in `ids`, in row order;
+    `keep` the token indices to compute logits for, (n,) or (B, n); `past` the cache that holds the S - T keys before.
+    The `rope_deltas` that the model object remembers are neither read nor written.
+    """
+    inputs: dict[str, Any] = {}
+    if isinstance(images, ImageFeatures):
+        inputs["mm_encoder_outputs"] = {"image": images}
+    elif images is not None:
+        inputs["mm_encoder_outputs"] = {"image": image_features(model, *images)}
+    if keep is not None:
+        inputs["logits_to_keep"] = keep
+    sees = getattr(model.config, "vision_config", None) is not None
+    if mask.dtype == torch.bool and model.config._attn_implementation == "eager":
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    output = model(
+        input_ids=ids,
+        position_ids=positions if sees else positions[0],
+        attention_mask=mask,
+        past_key_values=past,
+        use_cache=past is not None,
+        **inputs,
+    )
+    logits: Tensor = output.logits
+    return logits
+
+
+def policy_logprobs(logits: Tensor, banned: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """The policy's distribution over the next token: logits (n, V) to log-probs (n, V).
+
+    The logits are divided by `temperature` (a number, or (n, 1)), which must be above 0; banned ids have -inf.
+    In float32, or wider where the logits are. Sampling and training both use this function.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits / temperature).index_fill(-1, banned, float("-inf")).log_softmax(-1)

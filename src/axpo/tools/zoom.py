@@ -1,0 +1,79 @@
+"""The zoom tool of Qwen3-VL agents: a crop of the original image, enlarged."""
+
+import io
+import math
+
+import PIL.Image
+import PIL.ImageOps
+
+from axpo.tools.base import Conversation, PolicyFault, Tool, encode_png
+
+SIDE = 32  # pixels a vision token covers: the least side of a crop, and what both sides of the result are multiples of
+
+
+def make_zoom(min_pixels: int = 262_144) -> Tool:
+    """The tool `image_zoom_in_tool`, whose result has at least `min_pixels` pixels.
+
+    262,144 is the value of Qwen-Agent; SenseNova-MARS takes 65,536. A box is (x1, y1, x2, y2), relative to the indexed
+    image on a scale of 0 to 1000. It is clamped to the image; an empty or reversed box, and one wholly outside, are the
+    policy's fault.
+    """
+
+    def image_zoom_in_tool(bbox_2d: list[float], label: str, img_idx: int, conversation: Conversation) -> bytes:
+        """Zoom in on a region of an image.
+
+        Args:
+            bbox_2d: [x1, y1, x2, y2], from 0 to 1000.
+            label: What the region shows.
+            img_idx: Index of the image, from 0.
+        """
+        images = conversation.images
+        if not 0 <= img_idx < len(images):
+            raise PolicyFault(f"img_idx {img_idx} names no image; the conversation has {len(images)}, from index 0.")
+        with PIL.Image.open(io.BytesIO(images[img_idx])) as file:
+            image = PIL.ImageOps.exif_transpose(file)
+        crop = image.crop(crop_box(bbox_2d, *image.size)).convert("RGB")
+        return encode_png(crop.resize(enlarged(*crop.size, min_pixels), PIL.Image.Resampling.BICUBIC))
+
+    return image_zoom_in_tool
+
+
+def crop_box(bbox: list[float], width: int, height: int) -> tuple[int, int, int, int]:
+    """The pixels (left, top, right, bottom) of a relative box in an image of width × height pixels.
+
+    Raises PolicyFault for a box that is not four finite numbers, is empty, reversed or wholly outside.
+    """
+    if len(bbox) != 4 or not all(map(math.isfinite, bbox)):
+        raise PolicyFault(f"bbox_2d takes the four numbers [x1, y1, x2, y2], not {bbox}.")
+    x1, y1, x2, y2 = bbox
+    if x1 >= x2 or y1 >= y2:
+        raise PolicyFault(f"bbox_2d {bbox} is empty: x1 < x2 and y1 < y2 must hold.")
+    if x2 <= 0 or y2 <= 0 or x1 >= 1000 or y1 >= 1000:
+        raise PolicyFault(f"bbox_2d {bbox} lies outside the image, which spans 0 to 1000.")
+    left, right = _span(x1, x2, width)
+    top, bottom = _span(y1, y2, height)
+    return left, top, right, bottom
+
+
+def _span(low: float, high: float, size: int) -> tuple[int, int]:
+    """One side of the box in pixels: clamped, rounded outwards, at least SIDE long where the image is."""
+    start = math.floor(max(low, 0) * size / 1000)
+    end = math.ceil(min(high, 1000) * size / 1000)
+    length = min(max(end - start, SIDE), size)
+    if length > end - start:
+        start = min(max((start + end - length) // 2, 0), size - length)
+        end = start + length
+    return start, end
+
+
+def enlarged(width: int, height: int, min_pixels: int) -> tuple[int, int]:
+    """The size nearest to width × height whose sides are multiples of SIDE and that has at least `min_pixels`.
+
+    The aspect is kept as far as that allows (`smart_resize` of Qwen-Agent).
+    """
+    sides = [max(SIDE, round(side / SIDE) * SIDE) for side in (width, height)]
+    if sides[0] * sides[1] < min_pixels:
+        scale = math.sqrt(min_pixels / (width * height))
+        # Less a trifle, so that rounding errors do not add a whole step.
+        sides = [math.ceil(side * scale / SIDE - 1e-9) * SIDE for side in (width, height)]
+    return sides[0], sides[1]

@@ -1,0 +1,167 @@
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from axpo.fork import Candidate, allocate, candidates, open_prefix, prefix_budget
+from axpo.tree import CallSpan, Kind, Outcome, RolloutTree, Segment, StopReason, TreeError
+
+CALL = CallSpan(2, 3, 5)
+PROBABILITIES = [0.5, 0.25, 0.9, 0.6, 0.3, 0.125]  # the call's own are 0.9, 0.6, 0.3
+
+
+def rollout(
+    tree: RolloutTree, reward: float | None, call: CallSpan | None = None, probabilities: list[float] = PROBABILITIES
+) -> Segment:
+    """One turn of six tokens; a tool call is answered and followed by a last turn. Returns the leaf."""
+    logprobs = [math.log(p) for p in probabilities]
+    end = tree.append(tree.root, Kind.POLICY, range(10, 16), logprobs, calls=[call] if call else [])
+    if call:
+        end = tree.append(tree.append(end, Kind.OBSERVATION, [20]), Kind.POLICY, [30], [-9.0])
+    end.outcome = Outcome(StopReason.ANSWER if reward is not None else StopReason.VOID, reward)
+    return end
+
+
+def test_confidence_is_the_mean_probability_of_the_first_call_tags_included():
+    tree = RolloutTree("q", [1])
+    leaf = rollout(tree, 0.0, CALL)
+    first = tree.root.children[0]
+    first.calls = (CALL, CallSpan(5, None, 6))
+    last = leaf
+    last.calls = (CallSpan(0, 1, 1),)
+    (candidate,) = candidates(tree)
+    assert (candidate.leaf, candidate.segment, candidate.token_index) == (leaf, first, 3)
+    assert candidate.confidence == pytest.approx((0.9 + 0.6 + 0.3) / 3, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("tool", "plain", "expected"),
+    [
+        ([], [0.0, 1.0], 0),  # no tool-using rollout
+        ([0.0, 0.0], [0.0, 0.0], 2),
+        ([0.0, 0.0], [1.0], 2),  # what the others did does not matter
+        ([0.0, 1.0], [0.0], 0),  # one of the subgroup is right
+        ([0.0, None], [0.0], 1),  # a void rollout is in no subgroup
+        ([None], [0.0], 0),
+        ([-0.5, 0.0], [], 2),
+        ([0.0, 0.1], [], 0),
+    ],
+)
+def test_trigger(tool: list[float | None], plain: list[float | None], expected: int):
+    tree = RolloutTree("q", [1])
+    for reward in tool:
+        rollout(tree, reward, CALL)
+    for reward in plain:
+        rollout(tree, reward)
+    assert len(candidates(tree)) == expected
+
+
+def test_rank_is_least_confident_first_and_ties_keep_the_order_of_the_leaves():
+    tree = RolloutTree("q", [1])
+    leaves = [rollout(tree, 0.0, CALL, [0.5, 0.5, p, p, p, 0.5]) for p in (0.75, 0.25, 0.75, 0.5)]
+    assert [c.leaf for c in candidates(tree)] == [leaves[i] for i in (1, 3, 0, 2)]
+    assert [c.confidence for c in candidates(tree)] == pytest.approx([0.25, 0.5, 0.75, 0.75])
+
+
+@pytest.mark.parametrize(
+    "call", [CallSpan(2, None, 5), CallSpan(4, 6, 6)], ids=["merged opening tag", "nothing follows the tag"]
+)
+def test_a_rollout_without_a_fork_point_counts_in_the_trigger_but_is_no_candidate(call: CallSpan):
+    tree = RolloutTree("q", [1])
+    rollout(tree, 0.0, call)
+    good = rollout(tree, 0.0, CALL)
+    assert [c.leaf for c in candidates(tree)] == [good]
+    tree.append(tree.root, Kind.POLICY, [1, 2], [-1, -1], calls=[call]).outcome = Outcome(StopReason.ANSWER, 1.0)
+    assert candidates(tree) == []
+
+
+def test_an_unfinished_rollout_is_refused():
+    tree = RolloutTree("q", [1])
+    rollout(tree, 0.0, CALL).outcome = None
+    with pytest.raises(TreeError, match="has not ended"):
+        candidates(tree)
+
+
+def test_a_forked_rollout_is_no_candidate_again_and_its_continuations_are_not_of_the_group():
+    tree = RolloutTree("q", [1])
+    leaves = [rollout(tree, 0.0, CALL) for _ in range(2)]
+    first = candidates(tree)[0]
+    prefix = open_prefix(tree, first)
+    tree.append(prefix, Kind.POLICY, [50], [-1.0], resampled=True).outcome = Outcome(StopReason.ANSWER, 1.0)
+    assert prefix.ids.tolist() == [10, 11, 12]
+    assert [c.leaf for c in candidates(tree)] == [leaves[1]]
+
+
+def test_forking_one_candidate_leaves_the_others_valid():
+    tree = RolloutTree("q", [1])
+    for _ in range(3):
+        rollout(tree, 0.0, CALL)
+    before = [row.ids.tolist() for row in tree.rows()]
+    prefixes = [open_prefix(tree, candidate) for candidate in candidates(tree)]
+    assert [prefix.path()[-1].ids.tolist() for prefix in prefixes] == [[10, 11, 12]] * 3
+    assert [row.ids.tolist() for row in tree.rows()] == before
+
+
+@pytest.mark.parametrize(
+    ("ratio", "questions", "rollouts", "continuations", "prefixes"),
+    [
+        (0.25, 16, 8, 4, 8),
+        (0.25, 2, 8, 4, 1),
+        (0.25, 1, 8, 4, 0),
+        (0.25, 3, 5, 1, 3),  # 3.75
+        (0.7, 1, 10, 7, 1),  # 0.7 is a hair less than 7/10 in binary
+        (0.29, 100, 1, 1, 29),  # 28.999999999999996 in floating point
+        (0.1, 3, 10, 1, 3),
+        (0.0, 16, 8, 4, 0),
+        (1, 4, 4, 3, 5),
+    ],
+)
+def test_budget(ratio: float, questions: int, rollouts: int, continuations: int, prefixes: int):
+    assert prefix_budget(ratio, questions, rollouts, continuations) == prefixes
+
+
+def test_budget_refuses_nonsense():
+    with pytest.raises(ValueError, match=r"ratio must not be negative, not -0\.5"):
+        prefix_budget(-0.5, 1, 1, 1)
+    with pytest.raises(ValueError, match="at least 1 continuation, not 0"):
+        prefix_budget(0.5, 1, 1, 0)
+
+
+@given(st.integers(0, 100), st.integers(1, 64), st.integers(1, 32), st.integers(1, 16))
+def test_budget_is_never_exceeded_and_never_wasted(percent: int, questions: int, rollouts: int, k: int):
+    prefixes = prefix_budget(percent / 100, questions, rollouts, k)
+    assert 100 * prefixes * k <= percent * questions * rollouts < 100 * (prefixes + 1) * k
+
+
+def ranked(*confidences: list[float]) -> list[list[Candidate]]:
+    segment = RolloutTree("q", [1]).root
+    return [[Candidate(segment, segment, 1, c) for c in group] for group in confidences]
+
+
+def test_allocation_by_hand():
+    per_tree = ranked([0.3, 0.4], [], [0.1, 0.9, 0.95], [0.3, 0.35])
+    order = [(tree, candidate.confidence) for tree, candidate in allocate(per_tree, 99)]
+    assert order == [(2, 0.1), (0, 0.3), (3, 0.3), (3, 0.35), (0, 0.4), (2, 0.9), (2, 0.95)]
+    assert [tree for tree, _ in allocate(per_tree, 4)] == [2, 0, 3, 3]
+    assert allocate(per_tree, 0) == allocate([], 3) == []
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.7]), max_size=4).map(sorted), max_size=6), st.integers(0, 20)
+)
+def test_allocation_is_breadth_first_within_the_budget(confidences: list[list[float]], budget: int):
+    per_tree = ranked(*confidences)
+    chosen = allocate(per_tree, budget)
+    assert len(chosen) == min(budget, sum(map(len, per_tree)))
+    taken: Counter[int] = Counter()
+    keys = []
+    for tree, candidate in chosen:
+        assert candidate is per_tree[tree][taken[tree]]  # each question's own order, nothing twice
+        keys.append((taken[tree], candidate.confidence, tree))  # round, then confidence, then tree
+        taken[tree] += 1
+    assert keys == sorted(keys)
+    for tree, group in enumerate(per_tree):  # whoever got less than another had no more to give, or the budget ended
+        if taken[tree] < len(group):
+            assert max(taken.values(), default=0) <= taken[tree] + 1

@@ -1,0 +1,136 @@
+import io
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from axpo.chat import Chat
+from axpo.policy import (
+    PolicyError,
+    banned_tokens,
+    forward_logits,
+    image_features,
+    load_policy,
+    policy_logprobs,
+    vocabulary_size,
+)
+from axpo.positions import mrope_positions
+
+
+def noise(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.effect_noise((width, height), 90).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+def causal(length: int) -> torch.Tensor:
+    return torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+
+
+@pytest.fixture
+def seen(chat: Chat) -> dict[str, torch.Tensor]:
+    """A prompt with two images, as the model's own forward takes it."""
+    content = [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}]
+    ids, images = chat.prompt([{"role": "user", "content": content}], [noise(64, 96), noise(96, 64)], [])
+    pixels, grids = chat.pixels(images)
+    positions, _ = mrope_positions(ids, images, chat.image_token_id or -1, chat.merge_size)
+    return {
+        "ids": torch.tensor([ids]),
+        "positions": torch.from_numpy(positions)[:, None],
+        "pixels": pixels,
+        "grids": grids,
+    }
+
+
+@torch.no_grad()
+def test_forward_equals_the_models_own(tiny_model: Any, seen: dict[str, torch.Tensor]) -> None:
+    ids = seen["ids"]
+    expected = tiny_model(
+        input_ids=ids,
+        mm_token_type_ids=(ids == tiny_model.config.image_token_id).int(),
+        pixel_values=seen["pixels"],
+        image_grid_thw=seen["grids"],
+    ).logits
+    tiny_model.model.rope_deltas = torch.tensor([[1234]])
+    mask = causal(ids.shape[1])
+    features = image_features(tiny_model, seen["pixels"], seen["grids"])
+    additive = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    for images in ((seen["pixels"], seen["grids"]), features):
+        for how in (mask, additive):
+            logits = forward_logits(tiny_model, ids, seen["positions"], how, images)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    kept = forward_logits(tiny_model, ids, seen["positions"], mask, features, keep=torch.tensor([3, -1]))
+    torch.testing.assert_close(kept, expected[:, [3, -1]], rtol=0, atol=1e-5)
+    assert tiny_model.model.rope_deltas.item() == 1234
+    tiny_model.set_attn_implementation("eager")
+    eager = forward_logits(tiny_model, ids, seen["positions"], mask, features)
+    torch.testing.assert_close(eager, expected, rtol=0, atol=1e-4)
+
+
+def test_gradients_reach_the_vision_encoder(tiny_model: Any, seen: dict[str, torch.Tensor]) -> None:
+    mask = causal(seen["ids"].shape[1])
+    forward_logits(tiny_model, seen["ids"], seen["positions"], mask, (seen["pixels"], seen["grids"])).sum().backward()
+    assert tiny_model.model.visual.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_text_only_model(tmp_path: Path) -> None:
+    config = Qwen3Config(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    model = load_policy(tmp_path)
+    ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
+    positions = torch.arange(6).expand(3, 1, 6)
+    torch.testing.assert_close(forward_logits(model, ids, positions, causal(6)), model(input_ids=ids).logits)
+
+
+def test_logprobs_golden() -> None:
+    logits = torch.tensor([[0.0, 2.0, 5.0], [1.0, 1.0, 9.0]])
+    logprobs = policy_logprobs(logits, torch.tensor([2]), temperature=2.0)
+    e = 2.718281828
+    expected = torch.tensor([[1 / (1 + e), e / (1 + e), 0.0], [0.5, 0.5, 0.0]])
+    torch.testing.assert_close(logprobs.exp(), expected)
+
+
+def test_logprobs_keep_float64_and_widen_bfloat16() -> None:
+    for given, expected in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        assert policy_logprobs(torch.zeros(1, 3, dtype=given), torch.tensor([0])).dtype == expected
+
+
+def test_logprobs_have_finite_gradients_beside_banned_ids() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
+    policy_logprobs(logits, torch.tensor([2]))[0, 0].backward()
+    share = torch.tensor([0.0, 1.0]).softmax(0)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, torch.tensor([[1 - share[0], -share[1], 0.0]]))
+
+
+def test_banned_tokens_cover_the_padded_vocabulary(tiny_model: Any, chat: Chat) -> None:
+    banned = banned_tokens(chat, tiny_model).tolist()
+    assert banned == [*chat.banned_ids, *range(len(chat.tokenizer), vocabulary_size(tiny_model))]
+    assert vocabulary_size(tiny_model) == len(chat.tokenizer) + 6
+    assert chat.stop_id not in banned
+
+
+def test_load_policy(tiny_model: Any, tmp_path: Path) -> None:
+    tiny_model.save_pretrained(tmp_path)
+    loaded = load_policy(tmp_path, dtype=torch.float64)
+    assert type(loaded) is type(tiny_model)
+    assert loaded.dtype == torch.float64
+    assert not loaded.training
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(PolicyError, match="not a checkpoint that can be opened"):
+        load_policy(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(PolicyError, match=r"holds no config\.json"):
+        load_policy(tmp_path)

@@ -1,0 +1,497 @@
+import asyncio
+import enum
+import functools
+import io
+import json
+import math
+import threading
+import time
+from typing import Any, Literal
+
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from axpo.tools import base
+from axpo.tools.base import Conversation, Fault, PolicyFault, SystemFault, Toolbox, ToolError, ToolResult
+
+
+def point(box: list[float], label: str, index: int = 7, mode: Literal["a", "b"] = "a") -> str:
+    """Point at something.
+
+    Args:
+        box: Where.
+        label: What.
+        index: Which.
+        mode: How.
+    """
+    return repr((box, label, index, mode))
+
+
+def run(tool: Any, arguments: dict[str, Any] | None = None, timeout: float = 5.0) -> ToolResult:
+    toolbox = Toolbox([tool], timeout)
+    return asyncio.run(toolbox.call(tool.__name__, arguments or {}, Conversation()))
+
+
+def described(function: Any) -> Any:
+    function.__doc__ = "Do it."
+    return function
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "RETRY_AFTER", (0.0, 0.0))
+
+
+# Schemas and what is refused when the toolbox is made
+
+
+def test_the_schema_leaves_out_the_conversation_and_the_return_type() -> None:
+    def look(index: int, conversation: Conversation, wide: bool = False) -> str:
+        """Look at an image.
+
+        Args:
+            index: Which image.
+            wide: Whether to look around.
+        """
+        return f"{index} {wide} {len(conversation.images)}"
+
+    toolbox = Toolbox([look])
+    assert toolbox.schemas == [
+        {
+            "type": "function",
+            "function": {
+                "name": "look",
+                "description": "Look at an image.",
+                "parameters": {
+                    "type": "object",
+                    "properties": {
+                        "index": {"type": "integer", "description": "Which image."},
+                        "wide": {"type": "boolean", "description": "Whether to look around."},
+                    },
+                    "required": ["index"],
+                },
+            },
+        }
+    ]
+    assert toolbox.names == ["look"]
+    result = asyncio.run(toolbox.call("look", {"index": 1}, Conversation([b"one", b"two"])))
+    assert result == ToolResult("1 False 2")
+
+
+def no_docstring(text: str) -> str:
+    return text
+
+
+def no_description(text: str) -> str:
+    """Say it."""
+    return text
+
+
+def no_annotation(text):  # type: ignore[no-untyped-def]
+    """Say it.
+
+    Args:
+        text: What.
+    """
+    return text
+
+
+def unresolved(text: "Nowhere") -> str:  # type: ignore[name-defined] # noqa: F821
+    """Say it.
+
+    Args:
+        text: What.
+    """
+    return str(text)
+
+
+def own_class(text: threading.Lock) -> str:
+    """Say it.
+
+    Args:
+        text: What.
+    """
+    return str(text)
+
+
+def many(*texts: str) -> str:
+    """Say it.
+
+    Args:
+        texts: What.
+    """
+    return str(texts)
+
+
+@pytest.mark.parametrize(
+    ("function", "missing"),
+    [
+        (no_docstring, "no docstring"),
+        (no_description, "no description for the argument 'text'"),
+        (no_annotation, "text is missing a type hint"),
+        (unresolved, "'Nowhere' is not defined"),
+        (own_class, "type hint"),
+        (many, r"'\*texts: str' cannot be passed by name"),
+    ],
+)
+def test_an_undescribed_function_is_refused(function: Any, missing: str) -> None:
+    with pytest.raises(ToolError, match=rf"tool '{function.__name__}'.*{missing}"):
+        Toolbox([function])
+
+
+def test_what_is_not_a_function_or_comes_twice_is_refused() -> None:
+    with pytest.raises(ToolError, match="is not"):
+        Toolbox([functools.partial(point, label="x")])
+    with pytest.raises(ToolError, match="two tools are called 'point'"):
+        Toolbox([point, point])
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"label": "x"}, "missing argument 'box'"),
+        ({"box": [1], "label": "x", "colour": 1}, "unknown argument 'colour'"),
+        ({"box": "1,2", "label": "x"}, "box: Input should be a valid array, not '1,2'"),
+        ({"box": [1, 2, "3"], "label": "x"}, "box[2]: Input should be a valid number"),
+        ({"box": [True], "label": "x"}, "box[0]: Input should be a valid number"),
+        ({"box": [math.nan], "label": "x"}, "box: Input should be a finite number"),
+        ({"box": [1, -math.inf], "label": "x"}, "box: Input should be a finite number"),
+        ({"box": [10**400], "label": "x"}, "finite number"),
+        ({"box": [], "label": 5}, "label: Input should be a valid string, not 5"),
+        ({"box": [], "label": None}, "label: Input should be a valid string"),
+        ({"box": [], "label": "\ud800"}, "label: "),
+        ({"box": [], "label": "x", "index": 2.5}, "index: Input should be a valid integer, not 2.5"),
+        ({"box": [], "label": "x", "index": "2"}, "index: Input should be a valid integer, not '2'"),
+        ({"box": [], "label": "x", "index": True}, "index: Input should be a valid integer, not True"),
+        ({"box": [], "label": "x", "mode": "c"}, "mode: Input should be 'a' or 'b', not 'c'"),
+    ],
+)
+def test_wrong_arguments_are_named_with_what_is_expected(arguments: dict[str, Any], complaint: str) -> None:
+    result = run(point, arguments)
+    assert result.fault == "bad_arguments"
+    assert complaint in result.text
+    assert "point takes box (array), label (string), index (integer, optional), mode (string, optional)" in result.text
+
+
+def test_an_integer_may_be_written_as_a_float_and_the_other_way_round() -> None:
+    assert run(point, {"box": [1, 2.5, 1e300], "label": "x", "index": 3.0}).text == "([1.0, 2.5, 1e+300], 'x', 3, 'a')"
+
+
+def test_json_becomes_what_the_hint_says() -> None:
+    class Colour(enum.Enum):
+        RED = "red"
+
+    def paint(colour: Colour, place: tuple[int, str], extra: dict[str, Any], maybe: int | None) -> str:
+        """Paint.
+
+        Args:
+            colour: Which.
+            place: Where.
+            extra: More.
+            maybe: Perhaps.
+        """
+        return repr((colour is Colour.RED, place, extra, maybe))
+
+    arguments = {"colour": "red", "place": [1, "x"], "extra": {"k": [None, 0.5]}, "maybe": None}
+    globals()["Colour"] = Colour
+    assert run(paint, arguments).text == "(True, (1, 'x'), {'k': [None, 0.5]}, None)"
+
+
+def test_nesting_without_end_is_a_fault() -> None:
+    value: list[Any] = []
+    for _ in range(5000):
+        value = [value]
+    assert run(point, {"box": value, "label": "x"}).fault == "bad_arguments"
+    assert run(point, {"other": value}).fault == "bad_arguments"
+
+
+# The call as the policy writes it
+
+
+def run_text(text: str) -> ToolResult:
+    return asyncio.run(Toolbox([point]).run(text, Conversation()))
+
+
+@pytest.mark.parametrize("arguments", ['{"box": [1], "label": "x"}', r'"{\"box\": [1], \"label\": \"x\"}"'])
+def test_arguments_are_an_object_or_a_string_that_holds_one(arguments: str) -> None:
+    result = run_text('\n{"name": "point", "arguments": ' + arguments + "}\n")
+    assert result == ToolResult("([1.0], 'x', 7, 'a')")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "not valid JSON"),
+        ("point at it", "not valid JSON"),
+        ('{"name": "point", "arguments": {"box": [1}}', "not valid JSON"),
+        ('{"name": "point", "arguments": "{"}', "not valid JSON"),
+        ('[{"name": "point", "arguments": {}}]', "not a JSON object"),
+        ('{"name": "point"}', "these keys: 'name'"),
+        ("{}", "these keys: none"),
+        ('{"name": "point", "parameters": {}}', "these keys: 'name', 'parameters'"),
+        ('{"name": 3, "arguments": {}}', "name is not a string"),
+        ('{"name": "point", "arguments": [1]}', "arguments are not an object"),
+        ('{"name": "point", "arguments": "3"}', "arguments are not an object"),
+        ('{"name": "point", "name": "point", "arguments": {}}', "'name' is given twice"),
+        ('{"name": "point", "arguments": {"label": "x", "label": "y"}}', "'label' is given twice"),
+        (r'{"name": "point", "arguments": "{\"label\": 1, \"label\": 2}"}', "'label' is given twice"),
+        ("[" * 200_000, "not valid JSON"),
+        ('{"name": "point", "arguments": {"index": ' + "1" * 5000 + "}}", "not valid JSON"),
+    ],
+)
+def test_a_malformed_call_is_answered_with_the_form(text: str, complaint: str) -> None:
+    result = run_text(text)
+    assert result.fault == "malformed"
+    assert complaint in result.text
+    assert 'A call is {"name": <name>, "arguments": <object>}.' in result.text
+
+
+def test_nan_is_json_to_python_but_no_argument() -> None:
+    assert run_text('{"name": "point", "arguments": {"box": [NaN], "label": "x"}}').fault == "bad_arguments"
+    assert run_text('{"name": "point", "arguments": {"box": [1e999], "label": "x"}}').fault == "bad_arguments"
+
+
+def test_an_unknown_tool_is_answered_with_the_known_ones() -> None:
+    result = run_text('{"name": "pointer", "arguments": {}}')
+    assert result == ToolResult("Error: there is no tool 'pointer'. Tools: point.", fault=Fault.UNKNOWN_TOOL)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(("box", "label", "index", "mode", "more"), json_values)))
+def test_whatever_the_policy_passes_is_a_result(arguments: dict[str, Any]) -> None:
+    direct = run(point, arguments)
+    written = run_text(json.dumps({"name": "point", "arguments": arguments}))
+    assert direct == written
+    good = {"box", "label"} <= arguments.keys() and "more" not in arguments
+    assert direct.fault == "bad_arguments" or (direct.fault is None and good)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text() | json_values.map(json.dumps))
+def test_whatever_the_policy_writes_is_a_result(text: str) -> None:
+    assert run_text(text).fault == "malformed"
+
+
+# What a tool returns
+
+
+def image(colour: str, kind: str) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (4, 3), colour).save(file, kind)
+    return file.getvalue()
+
+
+def test_text_and_images_are_collected() -> None:
+    png, jpeg = image("red", "PNG"), image("blue", "JPEG")
+
+    @described
+    def show() -> Any:
+        return ["one", png, PIL.Image.new("RGB", (2, 2), "lime"), ("two"), jpeg]
+
+    result = run(show)
+    assert result.text == "one\ntwo"
+    assert result.fault is None
+    assert result.images[0] is png
+    opened = [PIL.Image.open(io.BytesIO(data)) for data in result.images]
+    assert [(o.format, o.size) for o in opened] == [("PNG", (4, 3)), ("PNG", (2, 2)), ("PNG", (4, 3))]
+    assert opened[1].getpixel((0, 0)) == (0, 255, 0)
+    assert opened[2].getpixel((0, 0)) == PIL.Image.open(io.BytesIO(jpeg)).getpixel((0, 0))
+
+
+def test_a_result_is_handed_on_and_lone_surrogates_are_replaced() -> None:
+    @described
+    def answer() -> ToolResult:
+        return ToolResult("bad \ud800", fault=Fault.RAISED)
+
+    @described
+    def say() -> str:
+        return "\udfff good"
+
+    assert run(answer) == ToolResult("bad ?", fault=Fault.RAISED)
+    assert run(say) == ToolResult("? good")
+
+
+@pytest.mark.parametrize("output", [3, None, {"a": 1}, ["x", 2], b"no image"])
+def test_what_cannot_be_shown_is_not_the_fault_of_the_policy(output: Any) -> None:
+    @described
+    def broken() -> Any:
+        return output
+
+    with pytest.raises(SystemFault, match="the tool 'broken' returned what cannot be shown"):
+        run(broken)
+
+
+# Faults
+
+
+@pytest.mark.parametrize("kind", [ValueError, StopIteration, SystemExit, RecursionError, KeyError])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_exception_is_an_observation(kind: type[BaseException], is_async: bool) -> None:
+    @described
+    def fail() -> str:
+        raise kind("boom")
+
+    @described
+    async def fail_async() -> str:
+        raise kind("boom")
+
+    result = run(fail_async if is_async else fail)
+    assert result.fault == "raised"
+    assert result.text.startswith("Error: ")
+    if kind is not StopIteration:  # a coroutine cannot raise that one: Python says RuntimeError
+        assert kind.__name__ in result.text
+        assert "boom" in result.text
+
+
+def test_a_tool_may_say_what_the_policy_did_wrong() -> None:
+    @described
+    def refuse() -> str:
+        raise PolicyFault("not like this.")
+
+    assert run(refuse) == ToolResult("Error: not like this.", fault=Fault.BAD_ARGUMENTS)
+
+
+class TransportError(Exception):
+    """As httpx has it: no OSError."""
+
+
+class ConnectTimeout(TransportError):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SystemFault("down"), ConnectionError("down"), OSError("down"), TimeoutError("down"), ConnectTimeout("down")],
+)
+@pytest.mark.usefixtures("no_pause")
+def test_a_system_fault_is_tried_three_times_and_raised(error: Exception) -> None:
+    attempts = []
+
+    @described
+    def provider() -> str:
+        attempts.append(1)
+        raise error
+
+    with pytest.raises(SystemFault, match="down"):
+        run(provider)
+    assert len(attempts) == 3
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_a_system_fault_that_passes_leaves_no_trace() -> None:
+    attempts = []
+
+    @described
+    async def provider() -> str:
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise ConnectionResetError("down")
+        return "up"
+
+    assert run(provider) == ToolResult("up")
+
+
+def test_a_slow_tool_is_stopped() -> None:
+    stopped = []
+
+    @described
+    async def slow() -> str:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            stopped.append(True)
+            raise
+        return "never"
+
+    assert run(slow, timeout=0.05) == ToolResult("Error: slow took longer than 0.05 s.", fault=Fault.TIMEOUT)
+    assert stopped == [True]
+
+
+def test_a_deadline_of_its_own_goes_before() -> None:
+    @described
+    async def slow() -> str:
+        await asyncio.sleep(0.2)
+        return "done"
+
+    slow.timeout = 5.0
+    assert run(slow, timeout=0.05).text == "done"
+
+
+def test_hanging_tools_hold_up_nobody() -> None:
+    released = threading.Event()
+
+    @described
+    def hang() -> str:
+        released.wait(20)
+        return "late"
+
+    @described
+    def quick() -> str:
+        return threading.current_thread().name
+
+    async def all_of_them() -> tuple[list[ToolResult], ToolResult, float]:
+        toolbox, conversation = Toolbox([hang, quick], timeout=1.0), Conversation()
+        hanging = [asyncio.create_task(toolbox.call("hang", {}, conversation)) for _ in range(60)]
+        await asyncio.sleep(0)
+        start = time.monotonic()
+        answer = await toolbox.call("quick", {}, conversation)
+        waited = time.monotonic() - start
+        return await asyncio.gather(*hanging), answer, waited
+
+    results, answer, waited = asyncio.run(all_of_them())
+    released.set()
+    assert {result.fault for result in results} == {Fault.TIMEOUT}
+    assert answer.fault is None
+    assert answer.text != threading.main_thread().name
+    assert waited < 0.9
+
+
+# The conversation
+
+
+def test_a_conversation_closes_what_tools_opened_last_first(caplog: pytest.LogCaptureFixture) -> None:
+    closed = []
+
+    async def close_second() -> None:
+        await asyncio.sleep(0)
+        closed.append("second")
+
+    def fail() -> None:
+        raise RuntimeError("stuck")
+
+    async def story() -> None:
+        async with Conversation() as conversation:
+            conversation.on_close(lambda: closed.append("first"))
+            conversation.on_close(close_second)
+            conversation.on_close(fail)
+            assert closed == []
+        await conversation.close()
+
+    asyncio.run(story())
+    assert closed == ["second", "first"]
+    assert [record.message for record in caplog.records] == ["a tool could not be closed"]
+
+
+def test_conversations_share_nothing() -> None:
+    @described
+    def count(conversation: Conversation) -> str:
+        conversation.state["n"] = conversation.state.get("n", 0) + 1
+        return str(conversation.state["n"])
+
+    async def story() -> list[str]:
+        toolbox, one, other = Toolbox([count]), Conversation(), Conversation()
+        return [(await toolbox.call("count", {}, c)).text for c in (one, one, other, one)]
+
+    assert asyncio.run(story()) == ["1", "2", "1", "3"]

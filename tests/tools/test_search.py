@@ -1,0 +1,137 @@
+import asyncio
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from axpo.tools.base import Conversation, Toolbox, ToolError, ToolResult
+from axpo.tools.search import make_search
+
+DOCUMENTS = [
+    {"title": "Velm", "text": "The tower of Velm has 41 steps."},
+    {"title": "Oru", "text": "Oru is a town on a lake."},
+    {"title": "Vitamin C", "text": "An acid. See also B and D."},
+    {"title": "Lake Tarn", "text": "A lake, a deep lake, near Oru."},
+]
+
+
+def search(query: str, documents: Any = DOCUMENTS, top_k: int = 3) -> ToolResult:
+    toolbox = Toolbox([make_search(documents, top_k)])
+    return asyncio.run(toolbox.call("search", {"query": query}, Conversation()))
+
+
+def test_results_are_numbered_best_first() -> None:
+    assert search("lake").text == "1. Lake Tarn: A lake, a deep lake, near Oru.\n2. Oru: Oru is a town on a lake."
+    assert search("lake", top_k=1).text == "1. Lake Tarn: A lake, a deep lake, near Oru."
+
+
+@pytest.mark.parametrize(("query", "title"), [("41", "Velm"), ("what about C?", "Vitamin C"), ("VELM!", "Velm")])
+def test_numbers_single_letters_and_capitals_are_found(query: str, title: str) -> None:
+    assert search(query).text.startswith(f"1. {title}: ")
+
+
+@pytest.mark.parametrize("query", ["zebra", "?!", "4"])
+def test_nothing_found(query: str) -> None:
+    assert search(query) == ToolResult("No results.")
+
+
+@pytest.mark.parametrize("query", ["", " \n"])
+def test_an_empty_query_is_the_fault_of_the_policy(query: str) -> None:
+    assert search(query).fault == "bad_arguments"
+
+
+def test_equal_documents_keep_their_order() -> None:
+    same = [{"title": f"T{i}", "text": "moss"} for i in range(50)]
+    assert search("moss", same).text == "1. T0: moss\n2. T1: moss\n3. T2: moss"
+
+
+def bm25(query: str, documents: list[str]) -> list[float]:
+    """Robertson's BM25 with Lucene's idf, written out: k1 1.5, b 0.75."""
+    split = [Counter(document.split()) for document in documents]
+    mean = sum(sum(counts.values()) for counts in split) / len(split)
+    scores = []
+    for counts in split:
+        score = 0.0
+        for word in query.split():
+            having = sum(word in other for other in split)
+            idf = math.log(1 + (len(split) - having + 0.5) / (having + 0.5))
+            score += idf * counts[word] / (counts[word] + 1.5 * (1 - 0.75 + 0.75 * sum(counts.values()) / mean))
+        scores.append(score)
+    return scores
+
+
+sentences = st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=6).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(sentences, min_size=1, max_size=12), sentences)
+def test_the_ranking_is_bm25(texts: list[str], query: str) -> None:
+    documents = [{"title": f"{number}", "text": text} for number, text in enumerate(texts)]
+    expected = bm25(query, [f"{d['title']} {d['text']}" for d in documents])
+    result = search(query, documents, top_k=4).text
+    found = [int(number) for number in re.findall(r"^\d+\. (\d+):", result, re.MULTILINE)]
+    assert len(found) == min(4, sum(score > 0 for score in expected))
+    # float32 inside the index: equal to 1e-5, so neighbours that close may be in either order
+    for place, number in enumerate(found):
+        assert expected[number] == pytest.approx(sorted(expected, reverse=True)[place], abs=1e-5)
+
+
+def test_files(tmp_path: Path) -> None:
+    lines = tmp_path / "corpus.jsonl"
+    lines.write_text("\n\n".join(json.dumps(document) for document in DOCUMENTS), encoding="utf-8")
+    table = tmp_path / "corpus.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(DOCUMENTS), table)
+    assert search("lake", lines) == search("lake", table) == search("lake")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"title": "a", "text": "b"}\nnot json\n', r"corpus\.jsonl:2: not valid JSON"),
+        ('{"title": "a", "text": "b"}\n\n{"title": "a"}\n', r"corpus\.jsonl:3: 'text' is missing"),
+        ('{"title": 3, "text": "b"}\n', r"corpus\.jsonl:1: 'title' is missing, empty or not a string"),
+        ('{"title": "a", "text": " "}\n', r"corpus\.jsonl:1: 'text'"),
+        ("[1]\n", r"corpus\.jsonl:1: a document is an object"),
+        ("\n", r"corpus\.jsonl is empty"),
+        (b"\xff\xfe", r"corpus\.jsonl cannot be read"),
+    ],
+)
+def test_a_bad_corpus_is_named_with_the_line(tmp_path: Path, content: str | bytes, complaint: str) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ToolError, match=complaint):
+        make_search(path)
+
+
+def test_a_corpus_that_is_missing_or_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match=r"nowhere\.jsonl cannot be read"):
+        make_search(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ToolError, match=r"nowhere\.parquet cannot be read"):
+        make_search(tmp_path / "nowhere.parquet")
+    with pytest.raises(ToolError, match=r"corpus\.csv: a corpus is a \.jsonl or a \.parquet file"):
+        make_search(tmp_path / "corpus.csv")
+    with pytest.raises(ToolError, match="the corpus is empty"):
+        make_search([])
+
+
+def test_a_bad_parquet_file(tmp_path: Path) -> None:
+    other = tmp_path / "other.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"name": ["a"], "text": ["b"]}), other)
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 no more")
+    null = tmp_path / "null.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"title": ["a", None], "text": ["b", "c"]}), null)
+    with pytest.raises(ToolError, match=r"other\.parquet"):
+        make_search(other)
+    with pytest.raises(ToolError, match=r"broken\.parquet: not a Parquet file"):
+        make_search(broken)
+    with pytest.raises(ToolError, match=r"null\.parquet:2: 'title'"):
+        make_search(null)
