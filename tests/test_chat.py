@@ -294,8 +294,7 @@ def test_text_only_model(byte_tokenizer: Callable[..., Any]) -> None:
 @pytest.fixture
 def checkpoint(tmp_path: Path, tiny_model: Any, chat: Chat) -> Path:
     tiny_model.config.save_pretrained(tmp_path)
-    chat.tokenizer.save_pretrained(tmp_path)
-    chat.image_processor.save_pretrained(tmp_path)  # type: ignore[union-attr]
+    chat.save(tmp_path)
     return tmp_path
 
 

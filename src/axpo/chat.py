@@ -109,6 +109,12 @@ class Chat:
             processor.size = {"shortest_edge": shortest, "longest_edge": longest}
         return cls(tokenizer, processor)
 
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer, its template and the image processor beside a model's weights."""
+        self.tokenizer.save_pretrained(folder)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
+
     # Rendering
 
     def prompt(

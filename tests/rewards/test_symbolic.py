@@ -60,7 +60,9 @@ def test_an_interrupt_leaves_no_reply_behind(monkeypatch: pytest.MonkeyPatch) ->
     assert equal_expressions("x+1", "1+x")
     worker = symbolic._worker
     assert worker is not None
+    assert worker.stdin is not None
     assert worker.stdout is not None
+    pipes = (worker.stdin, worker.stdout)
 
     def interrupt() -> str:
         raise KeyboardInterrupt
@@ -69,6 +71,8 @@ def test_an_interrupt_leaves_no_reply_behind(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(worker, "communicate", worker.wait)
     with pytest.raises(KeyboardInterrupt):
         equal_expressions("x+1", "1+x")
+    for pipe in pipes:
+        pipe.close()
     assert not equal_expressions("x+1", "x+2")
 
 

@@ -86,6 +86,13 @@ def test_what_imitates_the_protocol_is_only_output(isolated: bool) -> None:
     assert second.text == "'second'"
 
 
+def test_a_forged_reply_to_another_call_is_passed_over(isolated: bool) -> None:
+    forge = "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'0 0\\n')\n    except OSError: pass\n"
+    first, second = run(isolated, forge + "import time; time.sleep(0.1)\n'mine'", "'second'")
+    assert first == ToolResult("'mine'")
+    assert second == ToolResult("'second'")
+
+
 def test_long_output_loses_its_middle(isolated: bool) -> None:
     (result,) = run(isolated, "print('a' * 3000 + 'b' * 3000, end='')")
     assert result.text == "a" * 2000 + "\n[... 2000 characters left out ...]\n" + "b" * 2000
@@ -131,11 +138,12 @@ def test_children_do_not_outlive_a_plain_interpreter() -> None:
         "import os; os._exit(0)",
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
         "import ctypes; ctypes.string_at(0)",
+        "import os; os.system('sleep 60 &'); os._exit(0)",
         "import os; os.closerange(3, 100)",
         "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'1 99999999999\\n')\n    except OSError: pass",
         "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'nonsense\\n')\n    except OSError: pass",
     ],
-    ids=["exit", "kill", "segfault", "close", "too long", "nonsense"],
+    ids=["exit", "kill", "segfault", "leaving a child", "close", "too long", "nonsense"],
 )
 def test_an_interpreter_that_dies_is_replaced(isolated: bool, code: str) -> None:
     _, died, lost, after = run(isolated, "x = 1", code, "x", "1 + 1")

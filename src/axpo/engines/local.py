@@ -155,7 +155,7 @@ class LocalEngine:
     def _run_driver(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the driver in this loop, unless it runs. It ends when nothing is expected any more."""
         if self._driver is not None and self._driver.get_loop() is not loop:
-            self._abandon(None)  # a loop that ended without cancelling its tasks
+            self._abandon(asyncio.CancelledError())  # that loop ended without cancelling its tasks
             self._driver = None
         if self._driver is None or self._driver.done():
             self._changed = asyncio.Event()  # an event belongs to the loop that first waits for it
@@ -170,27 +170,32 @@ class LocalEngine:
                 self._waiting.extend(self._clock.take_due())
                 self._drop_cancelled()
                 if self._jobs or self._waiting:
-                    with torch.inference_mode():
+                    with torch.no_grad():
                         self._step()
                 await asyncio.sleep(0)
-        except Exception as error:
+        except BaseException as error:
             self._abandon(error)
-        except asyncio.CancelledError:
-            self._abandon(None)
-            raise
+            if not isinstance(error, Exception):
+                raise
 
-    def _abandon(self, error: Exception | None) -> None:
-        """Answer everybody who waits, with the error or by cancelling, and forget what may be half computed."""
+    def _abandon(self, error: BaseException) -> None:
+        """Answer everybody who waits: with the error, or by cancelling where it is none of the model's."""
         jobs = [*self._jobs, *self._waiting, *self._clock.asking()]
-        self._jobs.clear()
         self._waiting.clear()
-        self._cache.reset()
+        if isinstance(error, asyncio.CancelledError):  # comes between two steps: what is cached stays true
+            for row in reversed(range(len(self._jobs))):
+                self._release(row)
+        else:
+            self._jobs.clear()
+            self._cache.reset()
         for job in jobs:
             self._clock.answered(job.request.rollout, job)
-            if error is not None and not job.future.done():
-                job.future.set_exception(error)
-            elif not job.future.get_loop().is_closed():
+            if job.future.get_loop().is_closed():
+                continue
+            if not isinstance(error, Exception):
                 job.future.cancel()
+            elif not job.future.done():
+                job.future.set_exception(error)
 
     def _drop_cancelled(self) -> None:
         self._waiting = deque(job for job in self._waiting if not job.future.cancelled())

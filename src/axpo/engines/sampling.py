@@ -35,7 +35,7 @@ def sample(
     logprobs = policy_logprobs(logits, banned, temperatures[:, None])
     if any(r.top_k > 0 or r.top_p < 1 for r in rules):
         logprobs = _truncated(logprobs, rules)
-    cumulative = logprobs.double().exp().cumsum(-1)
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
     # Below the total even where the product rounds up, so that a token of probability 0 is never hit.

@@ -61,6 +61,13 @@ def draw_scene(plaques: list[Plaque], rng: np.random.Generator) -> bytes:
     return png(image)
 
 
+def draw_crop(plaque: Plaque, rng: np.random.Generator) -> bytes:
+    """The plaque's cell alone (128 × 128), as a zoom into the original shows it."""
+    image = Image.fromarray(_ground(CELL, rng))
+    _draw_plaque(image, 0, 0, plaque, rng)
+    return png(image)
+
+
 def png(image: Image.Image) -> bytes:
     """Encoded with little effort: these pictures live in memory, and encoding is in every step."""
     buffer = io.BytesIO()

@@ -68,9 +68,9 @@ def sample_land(rng: np.random.Generator) -> str:
     return str(rng.choice(_HEADS)) + middle + str(rng.choice(_TAILS))
 
 
-def sample_facts(rng: np.random.Generator) -> dict[str, str]:
+def sample_facts(rng: np.random.Generator, favoured: float = FAVOURED) -> dict[str, str]:
     """One value for each kind of fact; the first of a kind is the usual one."""
-    return {kind: values[0] if rng.random() < FAVOURED else str(rng.choice(values)) for kind, values in FACTS.items()}
+    return {kind: values[0] if rng.random() < favoured else str(rng.choice(values)) for kind, values in FACTS.items()}
 
 
 def describe(land: str, facts: dict[str, str]) -> dict[str, str]:

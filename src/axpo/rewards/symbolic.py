@@ -67,7 +67,8 @@ def _start() -> "subprocess.Popen[str]":
     )
     assert worker.stdout is not None
     if worker.stdout.readline() != "ready\n":
-        raise RuntimeError(f"the process that compares expressions did not start (exit code {worker.wait()})")
+        worker.communicate()
+        raise RuntimeError(f"the process that compares expressions did not start (exit code {worker.returncode})")
     return worker
 
 

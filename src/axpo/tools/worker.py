@@ -44,12 +44,12 @@ def serve(socket: int, search_path: list[str]) -> None:
 
 def evaluate(code: str, name: str, namespace: dict[str, object]) -> None:
     """Run the code; the value of a last expression is printed as an interactive interpreter does."""
-    tree = compile(code, name, "exec", _ast.PyCF_ONLY_AST, dont_inherit=True)
+    tree = compile(code, name, "exec", _ast.PyCF_ONLY_AST)
     assert isinstance(tree, _ast.Module)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], _ast.Expr) else None
-    exec(compile(tree, name, "exec", dont_inherit=True), namespace)
+    exec(compile(tree, name, "exec"), namespace)
     if last is not None:
-        exec(compile(_ast.Interactive([last]), name, "single", dont_inherit=True), namespace)
+        exec(compile(_ast.Interactive([last]), name, "single"), namespace)
 
 
 def describe(error: BaseException, programs: dict[str, str]) -> str:

@@ -30,8 +30,8 @@ def make_zoom(min_pixels: int = 262_144) -> Tool:
         images = conversation.images
         if not 0 <= img_idx < len(images):
             raise PolicyFault(f"img_idx {img_idx} names no image; the conversation has {len(images)}, from index 0.")
-        with PIL.Image.open(io.BytesIO(images[img_idx])) as file:
-            image = PIL.ImageOps.exif_transpose(file)
+        image = PIL.Image.open(io.BytesIO(images[img_idx]))
+        PIL.ImageOps.exif_transpose(image, in_place=True)
         crop = image.crop(crop_box(bbox_2d, *image.size)).convert("RGB")
         return encode_png(crop.resize(enlarged(*crop.size, min_pixels), PIL.Image.Resampling.BICUBIC))
 

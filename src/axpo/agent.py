@@ -1,0 +1,174 @@
+"""One rollout's story: think, call a tool, read what it says, until the answer.
+
+Tokens are only ever appended. A limit never cuts inside a turn: an observation is added whole or not at all.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from axpo.chat import Chat, ChatError
+from axpo.engines.base import Engine, Finish, Request, RolloutKey, Sampling
+from axpo.questions import Question
+from axpo.rewards.verify import Verdict, verify
+from axpo.tools.base import Conversation, SystemFault, Toolbox
+from axpo.tree import CallSpan, Kind, Outcome, RolloutTree, Segment, StopReason
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`turns` may call a tool, one more is left for the answer; `context` tokens and `images` count the prompt's."""
+
+    turns: int = 3
+    context: int = 16384
+    images: int = 8
+
+
+def by_rules(text: str, question: Question) -> Verdict:
+    """The default reward: the question's gold answer, checked by rules."""
+    return verify(text, question.answer, question.options)
+
+
+@dataclass(frozen=True)
+class Agent:
+    """What every rollout of a run shares. `score` may block: it runs in a thread."""
+
+    engine: Engine
+    chat: Chat
+    toolbox: Toolbox
+    sampling: Sampling
+    limits: Limits
+    score: Callable[[str, Question], Verdict] = by_rules
+
+    def new_tree(self, question: Question) -> RolloutTree:
+        """A tree that holds the question's prompt. Raises ChatError, naming the question, where it has none."""
+        try:
+            ids, images = self.chat.prompt(question.messages, question.images, self.toolbox.schemas)
+        except ChatError as error:
+            raise ChatError(f"question {question.id}: {error}") from error
+        return RolloutTree(question.id, ids, images)
+
+    async def group(self, tree: RolloutTree, question: Question, count: int, seed: Sequence[int]) -> None:
+        """Draw `count` rollouts from the prompt, all at once."""
+        await self._many(tree, question, tree.root, range(count), seed)
+
+    async def resample(
+        self, tree: RolloutTree, question: Question, prefix: Segment, keys: range, seed: Sequence[int]
+    ) -> None:
+        """Draw one continuation of a forked prefix for each key, all at once."""
+        await self._many(tree, question, prefix, keys, seed)
+
+    async def _many(
+        self, tree: RolloutTree, question: Question, start: Segment, keys: range, seed: Sequence[int]
+    ) -> None:
+        ends = await asyncio.gather(*(self._rollout(tree, question, start, key, seed) for key in keys))
+        # Siblings in order of their keys, not of their arrival, so that a run can be repeated.
+        arrived = [child for child in start.children if child not in [first for first, _ in ends]]
+        start.children = arrived + [first for first, _ in ends]
+
+    async def _rollout(
+        self, tree: RolloutTree, question: Question, start: Segment, index: int, seed: Sequence[int]
+    ) -> tuple[Segment, Segment]:
+        """One rollout from `start` to its outcome; returns its first segment and its leaf."""
+        path = start.path()
+        shown = [image.data for segment in path for image in segment.images]
+        key = RolloutKey(tree.question_id, index)
+        segment, text = start, ""
+        first: Segment | None = None
+        outcome: Outcome | None = None
+        with self.engine.rollout(key):
+            async with Conversation(shown) as conversation:
+                while outcome is None:
+                    turn_seed = _seed(*seed, index, _depth(segment))
+                    segment, text, calls, outcome = await self._turn(tree, segment, key, turn_seed)
+                    first = first or segment
+                    if outcome is None:
+                        segment, outcome = await self._act(tree, segment, calls, conversation)
+        if outcome.stop is StopReason.ANSWER:
+            outcome = await self._judge(text, question)
+        segment.outcome = outcome
+        assert first is not None
+        return first, segment
+
+    async def _turn(
+        self, tree: RolloutTree, parent: Segment, key: RolloutKey, seed: int
+    ) -> tuple[Segment, str, tuple[str, ...], Outcome | None]:
+        """Generate up to the end of the turn; returns it, its answer, the calls in it, and how it ended, if it did."""
+        path = parent.path()
+        context = [int(i) for segment in path for i in segment.ids]
+        images = [image for segment in path for image in segment.images]
+        head = _open_turn(path)  # what a frozen prefix holds of this turn
+        room = min(self.sampling.max_tokens - len(head), self.limits.context - len(context))
+        sampling = replace(self.sampling, max_tokens=max(1, room))
+        generation = await self.engine.generate(Request(context, images, sampling, seed, key))
+        turn = self.chat.parse(head + generation.ids)
+        spans = [_shifted(span, len(head)) for span in turn.calls if span.start >= len(head)]
+        resampled = parent.kind is Kind.POLICY
+        segment = tree.append(
+            parent, Kind.POLICY, generation.ids, generation.logprobs, calls=spans, resampled=resampled
+        )
+        outcome = None
+        if generation.finish is Finish.LENGTH:
+            outcome = Outcome(StopReason.TOKENS, 0.0, decided_by="token limit")
+        elif not turn.calls:
+            outcome = Outcome(StopReason.ANSWER)
+        elif _depth(segment) >= self.limits.turns:
+            outcome = Outcome(StopReason.TURNS, 0.0, decided_by="turn limit")
+        return segment, turn.answer, turn.call_texts, outcome
+
+    async def _act(
+        self, tree: RolloutTree, segment: Segment, calls: Sequence[str], conversation: Conversation
+    ) -> tuple[Segment, Outcome | None]:
+        """Run the calls of a turn and append what they return, or say why the rollout ends here."""
+        try:
+            results = [await self._call(text, conversation) for text in calls]
+            ids, images = self.chat.observation(results)
+        except (SystemFault, ChatError) as fault:
+            return segment, Outcome(StopReason.VOID, None, decided_by=str(fault))
+        path = segment.path()
+        if sum(len(s.images) for s in path) + len(images) > self.limits.images:
+            return segment, Outcome(StopReason.IMAGES, 0.0, decided_by="image limit")
+        if sum(map(len, path)) + len(ids) >= self.limits.context:
+            return segment, Outcome(StopReason.TOKENS, 0.0, decided_by="context limit")
+        return tree.append(segment, Kind.OBSERVATION, ids, images=images), None
+
+    async def _call(self, text: str, conversation: Conversation) -> tuple[str, tuple[bytes, ...]]:
+        result = await self.toolbox.run(text, conversation)
+        conversation.images.extend(result.images)
+        return result.text, result.images
+
+    async def _judge(self, text: str, question: Question) -> Outcome:
+        try:
+            verdict = await asyncio.to_thread(partial(self.score, text, question))
+        except RuntimeError as error:
+            return Outcome(StopReason.VOID, None, decided_by=str(error))
+        if not verdict.decided:
+            return Outcome(StopReason.VOID, None, verdict.answer, verdict.by)
+        return Outcome(StopReason.ANSWER, verdict.score, verdict.answer, verdict.by)
+
+
+def _depth(segment: Segment) -> int:
+    """How many turns of the path have been answered by tools."""
+    return sum(s.kind is Kind.OBSERVATION for s in segment.path())
+
+
+def _open_turn(path: Sequence[Segment]) -> list[int]:
+    """The policy's ids at the end of the path: the beginning of a turn that is to be continued."""
+    ids: list[int] = []
+    for segment in reversed(path):
+        if segment.kind is not Kind.POLICY:
+            break
+        ids = [int(i) for i in segment.ids] + ids
+    return ids
+
+
+def _shifted(span: CallSpan, by: int) -> CallSpan:
+    return CallSpan(span.start - by, None if span.opened is None else span.opened - by, span.end - by)
+
+
+def _seed(*path: int) -> int:
+    """A seed for each place in a run: near places must not share random numbers."""
+    return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0])

@@ -1,0 +1,103 @@
+"""From a config to the parts of a run. What can be wrong is found before any weights are loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from axpo.agent import Agent, Limits
+from axpo.chat import Chat
+from axpo.config import MINIATURE, Config, ConfigError, Source
+from axpo.engines.base import Engine, Sampling
+from axpo.engines.local import LocalEngine
+from axpo.miniature import base
+from axpo.miniature.world import corpus, sample_problems
+from axpo.policy import load_policy
+from axpo.questions import Question, Trajectory, load_questions, load_trajectories
+from axpo.tools.base import Toolbox
+from axpo.tools.loading import load_tools
+
+MINIATURE_QUESTIONS = 3000
+MINIATURE_HELD_OUT = 300
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the commands need of the config's data; None for what is not given."""
+
+    train: list[Question] | None
+    eval: list[Question] | None
+
+
+def load_data(config: Config) -> Data:
+    """Read the questions. Raises DataError, and ConfigError for an evaluation of more questions than there are."""
+    held_out = _questions(config.data.eval, held_out=True)
+    if held_out is not None and config.eval.questions > len(held_out):
+        raise ConfigError(f"eval.questions: got {config.eval.questions}, but data.eval holds {len(held_out)}")
+    if held_out is not None and config.eval.questions:
+        held_out = held_out[: config.eval.questions]
+    return Data(_questions(config.data.train, held_out=False), held_out)
+
+
+def load_sft_data(config: Config) -> list[Trajectory]:
+    """Read the trajectories. Raises ConfigError where there are none to read, DataError for a file that is wrong."""
+    if not isinstance(config.data.sft, Path):
+        raise ConfigError("data.sft: must be a .jsonl or .parquet file of trajectories")
+    return load_trajectories(config.data.sft)
+
+
+def _questions(source: Source, held_out: bool) -> list[Question] | None:
+    if source is None:
+        return None
+    if isinstance(source, Path):
+        return load_questions(source)
+    count = MINIATURE_HELD_OUT if held_out else MINIATURE_QUESTIONS
+    return [problem.question for problem in sample_problems(count, seed=int(held_out), held_out=held_out)]
+
+
+def model_path(config: Config) -> str | Path:
+    """Where the config's model lies."""
+    return base.BASE if config.model == MINIATURE else config.model
+
+
+def load_chat(config: Config) -> Chat:
+    """Raises ChatError for a model that is no checkpoint, or has no template that knows tools."""
+    return Chat.from_pretrained(model_path(config), config.max_pixels)
+
+
+def load_toolbox(config: Config) -> Toolbox:
+    """Raises ToolError for a tool that cannot be offered."""
+    tools = config.tools
+    documents = tools.corpus if isinstance(tools.corpus, Path) else corpus()
+    loaded = load_tools(tools.names, documents, tools.zoom_pixels, tools.search_results, tools.timeout)
+    return Toolbox(loaded, tools.timeout)
+
+
+def load_model(config: Config) -> PreTrainedModel:
+    """The weights, on the config's device. Sets torch's threads."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return load_policy(model_path(config), getattr(torch, config.dtype), config.device)
+
+
+def make_engine(config: Config, model: PreTrainedModel, chat: Chat) -> LocalEngine:
+    """The engine that generates with this very model."""
+    return LocalEngine(model, chat, config.engine.max_batch, config.engine.overlap)
+
+
+def training_agent(config: Config, engine: Engine, chat: Chat, toolbox: Toolbox) -> Agent:
+    """Rolls out as training does."""
+    rollout = config.rollout
+    sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_tokens)
+    return Agent(engine, chat, toolbox, sampling, _limits(config))
+
+
+def evaluation_agent(config: Config, engine: Engine, chat: Chat, toolbox: Toolbox) -> Agent:
+    """Rolls out as evaluation does."""
+    sampling = Sampling(config.eval.temperature, config.eval.top_p, config.eval.top_k, config.rollout.max_tokens)
+    return Agent(engine, chat, toolbox, sampling, _limits(config))
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(config.rollout.max_turns, config.rollout.max_context, config.rollout.max_images)

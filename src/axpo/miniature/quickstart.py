@@ -1,0 +1,58 @@
+"""The quickstart: a tiny model goes from its base through a short SFT to AXPO, with real tools."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from axpo import build
+from axpo.agent import Agent, Limits
+from axpo.chat import Chat
+from axpo.config import Config
+from axpo.engines.base import Sampling
+from axpo.miniature.teacher import Teacher
+from axpo.miniature.world import sample_problems
+from axpo.run import Run
+from axpo.sft import imitate
+from axpo.tools.base import Toolbox
+from axpo.tree import RolloutTree, scored
+from axpo.workflow import Progress, run_evaluation, run_sft, run_training
+
+CONFIG = Path(__file__).with_name("quickstart.yaml")
+TEACHER_PROBLEMS = 900
+TEACHER_SEED = 7  # other problems than those of the RL stage
+
+
+def quickstart(config: Config, run: Run, progress: Progress) -> dict[str, Any]:
+    """Run all stages; returns, and writes as summary.json, the evaluations before and after AXPO."""
+    chat, toolbox, data = build.load_chat(config), build.load_toolbox(config), build.load_data(config)
+    model = build.load_model(config)
+    summary: dict[str, Any] = {}
+    trees = asyncio.run(teach(chat, toolbox, progress))
+    run.save_trees("teacher", trees[:50])
+    run_sft(config, run, progress, model, chat, trees, "sft")
+
+    async def learn() -> None:
+        assert data.eval is not None
+        summary["sft"] = await run_evaluation(config, run, progress, model, chat, toolbox, data.eval, "sft")
+        run.save_summary(summary)
+        name = config.method.name
+        summary[name] = await run_training(config, run, progress, model, chat, toolbox, data)
+        run.save_summary(summary)
+
+    asyncio.run(learn())
+    return summary
+
+
+async def teach(chat: Chat, toolbox: Toolbox, progress: Progress) -> list[RolloutTree]:
+    """The teacher's correct trajectories, written through the agent loop and the real tools."""
+    problems = sample_problems(TEACHER_PROBLEMS, TEACHER_SEED)
+    agent = Agent(Teacher(problems, chat), chat, toolbox, Sampling(), Limits())
+    progress.stage("teacher", len(problems))
+    trees = []
+    for index, problem in enumerate(problems):
+        tree = agent.new_tree(problem.question)
+        await agent.group(tree, problem.question, 1, (TEACHER_SEED, index))
+        progress.step({})
+        if any(reward > 0 for _, reward in scored(tree.leaves())):
+            trees.append(imitate(tree))
+    return trees

@@ -1,0 +1,29 @@
+"""The three tools as the miniature offers them, and calls to them as the template writes them."""
+
+import json
+from collections.abc import Sequence
+
+from axpo.miniature.base import SIDE
+from axpo.miniature.world import corpus
+from axpo.tools.base import Tool, Toolbox
+from axpo.tools.python import make_python
+from axpo.tools.search import make_search
+from axpo.tools.zoom import make_zoom
+
+
+def tools() -> list[Tool]:
+    """Zoom, Python, and search over the world's corpus."""
+    return [make_zoom(SIDE * SIDE), make_python(), make_search(corpus(), 2)]
+
+
+SCHEMAS = Toolbox(tools()).schemas
+
+
+def call_text(name: str, arguments: dict[str, object]) -> str:
+    """A tool call as the template writes it."""
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
+
+
+def zoom_call(box: Sequence[int], label: str) -> str:
+    """A call of the zoom tool on the question's image."""
+    return call_text("image_zoom_in_tool", {"bbox_2d": list(box), "label": label, "img_idx": 0})

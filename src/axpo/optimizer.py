@@ -1,0 +1,35 @@
+"""AdamW with a warm-up and gradient clipping."""
+
+import torch
+from transformers import PreTrainedModel
+
+
+class Optimizer:
+    """Steps a model's trainable parameters; the learning rate rises linearly over `warmup_steps`, then stays."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        learning_rate: float,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+        grad_clip: float = 1.0,
+    ) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.adamw = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.adamw, lambda step: min(1.0, (step + 1) / (warmup_steps + 1))
+        )
+        self.grad_clip = grad_clip
+
+    def step(self) -> float:
+        """Apply the gradients and clear them; returns their norm before clipping.
+
+        A gradient that is not finite is dropped: one bad batch must not spoil the weights.
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip))
+        if norm < float("inf"):
+            self.adamw.step()
+        self.schedule.step()
+        self.adamw.zero_grad()
+        return norm

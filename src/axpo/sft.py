@@ -1,0 +1,68 @@
+"""Supervised fine-tuning: the same trees, packing and forward, with likelihood as the loss."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from axpo.chat import Chat
+from axpo.config import Config
+from axpo.optimizer import Optimizer
+from axpo.packing import pack_logprobs, pack_trees
+from axpo.policy import banned_tokens
+from axpo.questions import Trajectory
+from axpo.tree import Credit, Kind, RolloutTree
+
+
+def trajectory_tree(trajectory: Trajectory, chat: Chat, tools: Sequence[dict[str, object]]) -> RolloutTree:
+    """A tree of one branch, as if the policy had written the assistant's turns.
+
+    Raises ChatError where a turn holds what a policy must not write, or an image does not open.
+    """
+    question = trajectory.question
+    tree = RolloutTree(question.id, *chat.prompt(question.messages, question.images, list(tools)))
+    end = tree.root
+    for turn in trajectory.turns:
+        if turn.role == "assistant":
+            ids = chat.turn(turn.content)
+            end = tree.append(end, Kind.POLICY, ids, [0.0] * len(ids), calls=chat.parse(ids).calls)
+        else:
+            observation, images = chat.observation([(turn.content, turn.images)])
+            end = tree.append(end, Kind.OBSERVATION, observation, images=images)
+    return tree
+
+
+def imitate(tree: RolloutTree) -> RolloutTree:
+    """Credit every policy token of the tree, so that packing trains it; returns the tree."""
+    policy = [segment for segment in tree.segments() if segment.kind is Kind.POLICY]
+    for segment in policy:
+        segment.credit = Credit(1.0, sum(map(len, policy)))
+    return tree
+
+
+def sft_steps(
+    config: Config, model: PreTrainedModel, chat: Chat, trees: Sequence[RolloutTree]
+) -> Iterator[dict[str, float | int]]:
+    """Train on the credited tokens of the trees; yields the figures of each step as it is done.
+
+    The loss is the mean negative log-likelihood over the tokens of a batch.
+    """
+    options = config.sft
+    optimizer = Optimizer(
+        model, options.learning_rate, options.warmup_steps, config.train.weight_decay, config.train.grad_clip
+    )
+    banned = banned_tokens(chat, model)
+    rng = np.random.default_rng(config.seed)
+    order: list[int] = []
+    for step in range(options.steps):
+        while len(order) < options.batch:
+            order += [int(i) for i in rng.permutation(len(trees))]
+        batch, order = [trees[i] for i in order[: options.batch]], order[options.batch :]
+        packs = pack_trees(batch, chat, config.train.pack_tokens)
+        tokens = sum(len(pack.targets) for pack in packs)
+        total = 0.0
+        for pack in packs:
+            loss = -pack_logprobs(model, pack, chat, banned).sum() / tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        yield {"step": step + 1, "loss": total, "grad_norm": optimizer.step(), "trained_tokens": tokens}

@@ -1,0 +1,157 @@
+"""Training by reinforcement: roll out, fork, credit, pack, step."""
+
+import asyncio
+import copy
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from axpo.agent import Agent
+from axpo.config import Config
+from axpo.diagnostics.gap import measure
+from axpo.fork import allocate, open_prefix, prefix_budget
+from axpo.loss import kl_k3, token_weights
+from axpo.methods import method
+from axpo.optimizer import Optimizer
+from axpo.packing import Pack, pack_logprobs, pack_trees
+from axpo.policy import banned_tokens
+from axpo.questions import Question
+from axpo.tree import RolloutTree
+
+TRAINING = 0  # keeps its random numbers apart from those of evaluation
+
+Figures = dict[str, float | int | None]
+
+
+class Trainer:
+    """Holds what lasts from step to step: the policy, its frozen reference, the optimizer.
+
+    The agent's engine generates with `model` itself. The reference is the policy as it is given (the SFT checkpoint).
+    """
+
+    def __init__(self, config: Config, agent: Agent, model: PreTrainedModel, questions: Sequence[Question]) -> None:
+        self.config = config
+        self.agent = agent
+        self.questions = questions
+        self.method = method(config.method.name)
+        self.model = model
+        self.reference = copy.deepcopy(self.model).requires_grad_(False) if config.method.kl > 0 else None
+        self.banned = banned_tokens(agent.chat, self.model)
+        train = config.train
+        self.optimizer = Optimizer(
+            self.model, train.learning_rate, train.warmup_steps, train.weight_decay, train.grad_clip
+        )
+
+    async def step(self, number: int) -> tuple[list[RolloutTree], Figures]:
+        """One training step (AXPO.md, section 3); `number` counts from 0. Returns its trees and its figures."""
+        started = time.perf_counter()
+        questions = self.batch(number)
+        trees = await self.roll_out(questions, number)
+        await self.resample(trees, questions, number)
+        rolled_out = time.perf_counter()
+        for tree in trees:
+            self.method.credit(tree, self.config.method.deviation)
+        figures = self.update(trees)
+        self.agent.engine.update_weights()
+        ended = time.perf_counter()
+        seconds = {"rollout_seconds": rolled_out - started, "update_seconds": ended - rolled_out}
+        return trees, {"step": number + 1, **measure(trees), **figures, **seconds}
+
+    def batch(self, number: int) -> list[Question]:
+        """The questions of a step: each epoch goes through all of them once, in an order of its own."""
+        size, total = self.config.rollout.questions, len(self.questions)
+        places = range(number * size, (number + 1) * size)
+        orders = {e: np.random.default_rng([self.config.seed, e]).permutation(total) for e in {p // total for p in places}}
+        return [self.questions[orders[p // total][p % total]] for p in places]
+
+    async def roll_out(self, questions: Sequence[Question], number: int) -> list[RolloutTree]:
+        """N rollouts of every question."""
+        trees = [self.agent.new_tree(question) for question in questions]
+        count, seed = self.config.rollout.rollouts, (TRAINING, self.config.seed, number)
+        await asyncio.gather(*(self.agent.group(t, questions[i], count, (*seed, i)) for i, t in enumerate(trees)))
+        return trees
+
+    async def resample(self, trees: Sequence[RolloutTree], questions: Sequence[Question], number: int) -> None:
+        """Fork the failed calls that the budget allows, and draw K continuations of each."""
+        if self.method.candidates is None:
+            return
+        options, count = self.config.method, self.config.rollout.rollouts
+        budget = prefix_budget(options.budget, len(trees), count, options.continuations)
+        picks = allocate([self.method.candidates(tree) for tree in trees], budget)
+        work = []
+        for rank, (index, candidate) in enumerate(picks):
+            prefix = open_prefix(trees[index], candidate)
+            first = count + rank * options.continuations
+            keys = range(first, first + options.continuations)
+            seed = (TRAINING, self.config.seed, number, index)
+            work.append(self.agent.resample(trees[index], questions[index], prefix, keys, seed))
+        await asyncio.gather(*work)
+
+    def update(self, trees: Sequence[RolloutTree]) -> Figures:
+        """One optimizer step for each minibatch of questions (eq. 5)."""
+        size = len(trees) // self.config.train.minibatches
+        parts = [trees[start : start + size] for start in range(0, len(trees), size)]
+        packs = [pack_trees(part, self.agent.chat, self.config.train.pack_tokens) for part in parts]
+        fixed = [[self.before(pack) for pack in part] for part in packs]  # before any weight moves
+        losses, norms, divergences = [], [], []
+        for part, known in zip(packs, fixed, strict=True):
+            if not part:
+                continue
+            total = sum(len(pack.targets) for pack in part)
+            for pack, (old, reference) in zip(part, known, strict=True):
+                loss, divergence = self.loss(pack, old, reference, size * self.config.rollout.rollouts, total)
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses.append(loss.item())
+                divergences.append((divergence, len(pack.targets)))
+            norms.append(self.optimizer.step())
+        trained = sum(count for _, count in divergences)
+        return {
+            "loss": sum(losses),
+            "kl": sum(kl * count for kl, count in divergences) / trained if trained else None,
+            "grad_norm": max(norms, default=None),
+            "trained_tokens": trained,
+            "packed_tokens": sum(pack.tokens for part in packs for pack in part),
+        }
+
+    def before(self, pack: Pack) -> tuple[Tensor, Tensor | None]:
+        """The log-probs (n,) that stay fixed in this step: of the sampling policy, and of the reference.
+
+        Truncated sampling (top-p, top-k) renormalises its log-probs, so then those of the policy are computed anew.
+        """
+        rollout = self.config.rollout
+        with torch.no_grad():
+            exact = rollout.top_p == 1 and rollout.top_k == 0
+            old = pack.old_logprobs.to(self.model.device) if exact else self.logprobs(pack)
+            reference = None
+            if self.reference is not None:
+                reference = pack_logprobs(self.reference, pack, self.agent.chat, self.banned, rollout.temperature)
+        return old, reference
+
+    def logprobs(self, pack: Pack) -> Tensor:
+        """The policy's log-probs (n,) now."""
+        return pack_logprobs(self.model, pack, self.agent.chat, self.banned, self.config.rollout.temperature)
+
+    def loss(
+        self, pack: Pack, old: Tensor, reference: Tensor | None, rollouts: int, total_tokens: int
+    ) -> tuple[Tensor, float]:
+        """The pack's share of the loss, and its mean KL to the reference (0 without one)."""
+        options = self.config.method
+        logprobs = self.logprobs(pack)
+        old, advantages = old.to(logprobs), pack.advantages.to(logprobs)
+        weights = token_weights(pack.stream_tokens.to(logprobs), rollouts, total_tokens, options.aggregation)
+        loss = self.method.loss(
+            logprobs,
+            old,
+            reference,
+            advantages,
+            weights,
+            clip_low=options.clip_low,
+            clip_high=options.clip_high,
+            kl=options.kl,
+        )
+        divergence = 0.0 if reference is None else kl_k3(logprobs.detach(), reference).mean().item()
+        return loss, divergence

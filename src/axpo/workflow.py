@@ -1,0 +1,111 @@
+"""The stages that the commands are made of: fine-tune, train, evaluate."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from axpo import build
+from axpo.chat import Chat
+from axpo.config import Config
+from axpo.evaluation.runner import evaluate, summarise
+from axpo.questions import Question
+from axpo.run import Run
+from axpo.sft import sft_steps
+from axpo.tools.base import Toolbox
+from axpo.trainer import Trainer
+from axpo.tree import RolloutTree
+
+
+class Progress(Protocol):
+    """What shows the user how far a run is."""
+
+    def stage(self, name: str, total: int) -> None: ...
+
+    def step(self, figures: dict[str, Any]) -> None: ...
+
+
+async def run_training(
+    config: Config,
+    run: Run,
+    progress: Progress,
+    model: PreTrainedModel,
+    chat: Chat,
+    toolbox: Toolbox,
+    data: build.Data,
+) -> dict[str, Any]:
+    """Train by reinforcement and evaluate; returns the last evaluation.
+
+    Trees and figures are written with every step, a checkpoint every `train.save_every` steps and at the end,
+    also where the run is interrupted.
+    """
+    assert data.train is not None
+    engine = build.make_engine(config, model, chat)
+    trainer = Trainer(config, build.training_agent(config, engine, chat, toolbox), model, data.train)
+    summary: dict[str, Any] = {}
+    progress.stage(config.method.name, config.train.steps)
+    try:
+        for number in range(config.train.steps):
+            started = time.perf_counter()
+            trees, figures = await trainer.step(number)
+            run.save_trees(f"step_{number + 1:05d}", trees)
+            tokens = engine.counters.decoded_tokens
+            seconds = time.perf_counter() - started
+            run.log({"stage": config.method.name, **figures, "seconds": seconds})
+            progress.step({**figures, "seconds": seconds, "tokens": tokens})
+            done = number + 1
+            if config.train.save_every and done % config.train.save_every == 0 and done < config.train.steps:
+                run.save_checkpoint(model, chat)
+            if config.eval.every and done % config.eval.every == 0 and done < config.train.steps and data.eval:
+                summary = await run_evaluation(config, run, progress, model, chat, toolbox, data.eval, f"step_{done}")
+                progress.stage(config.method.name, config.train.steps - done)
+    finally:
+        run.save_checkpoint(model, chat)
+    if data.eval:
+        summary = await run_evaluation(config, run, progress, model, chat, toolbox, data.eval, config.method.name)
+    return summary
+
+
+async def run_evaluation(
+    config: Config,
+    run: Run,
+    progress: Progress,
+    model: PreTrainedModel,
+    chat: Chat,
+    toolbox: Toolbox,
+    questions: Sequence[Question],
+    name: str,
+) -> dict[str, Any]:
+    """Evaluate the model as it is; logs and returns the figures, and writes the trees."""
+    engine = build.make_engine(config, model, chat)
+    agent = build.evaluation_agent(config, engine, chat, toolbox)
+    progress.stage(f"evaluation of {name}", len(questions))
+    samples = config.eval.samples
+    started = time.perf_counter()
+    trees = await evaluate(agent, questions, samples, config.seed, lambda: progress.step({}))
+    summary = summarise(trees, questions, samples)
+    run.save_trees(f"eval_{name}", trees)
+    run.log({"stage": "eval", "of": name, **summary, "seconds": time.perf_counter() - started})
+    return summary
+
+
+def run_sft(
+    config: Config,
+    run: Run,
+    progress: Progress,
+    model: PreTrainedModel,
+    chat: Chat,
+    trees: Sequence[RolloutTree],
+    checkpoint: str = "checkpoint",
+) -> None:
+    """Fine-tune on the credited tokens of the trees. The checkpoint is written also where the run is interrupted."""
+    progress.stage("sft", config.sft.steps)
+    started = time.perf_counter()
+    try:
+        for figures in sft_steps(config, model, chat, trees):
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            run.log({"stage": "sft", **figures, "seconds": seconds})
+            progress.step({**figures, "seconds": seconds})
+    finally:
+        run.save_checkpoint(model, chat, checkpoint)
