@@ -159,9 +159,7 @@ def _pack(rows: Sequence[Sequence[_Flat]]) -> Pack:
     )
 
 
-def pack_logprobs(
-    model: PreTrainedModel, pack: Pack, chat: Chat, banned: Tensor, temperature: float = 1.0
-) -> Tensor:
+def pack_logprobs(model: PreTrainedModel, pack: Pack, chat: Chat, banned: Tensor, temperature: float = 1.0) -> Tensor:
     """The log-prob (n,) of each trained token under the policy, in the order of `pack.targets`.
 
     Each image is encoded once. Gradients flow where they are enabled.

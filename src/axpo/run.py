@@ -25,7 +25,9 @@ class Run:
         """Make the folder. Raises ConfigError where it holds something already: nothing is ever overwritten."""
         self.folder = config.output
         if self.folder.exists() and any(self.folder.iterdir()):
-            raise ConfigError(f"output: {self.folder} is not empty; must be a new folder, so that no run is overwritten")
+            raise ConfigError(
+                f"output: {self.folder} is not empty; must be a new folder, so that no run is overwritten"
+            )
         (self.folder / "trees").mkdir(parents=True, exist_ok=True)
         save_config(config, self.folder / "config.yaml")
 

@@ -65,7 +65,9 @@ class Trainer:
         """The questions of a step: each epoch goes through all of them once, in an order of its own."""
         size, total = self.config.rollout.questions, len(self.questions)
         places = range(number * size, (number + 1) * size)
-        orders = {e: np.random.default_rng([self.config.seed, e]).permutation(total) for e in {p // total for p in places}}
+        orders = {
+            e: np.random.default_rng([self.config.seed, e]).permutation(total) for e in {p // total for p in places}
+        }
         return [self.questions[orders[p // total][p % total]] for p in places]
 
     async def roll_out(self, questions: Sequence[Question], number: int) -> list[RolloutTree]:

@@ -49,8 +49,9 @@ def test_an_empty_query_is_the_fault_of_the_policy(query: str) -> None:
 
 
 def test_equal_documents_keep_their_order() -> None:
-    same = [{"title": f"T{i}", "text": "moss"} for i in range(50)]
-    assert search("moss", same).text == "1. T0: moss\n2. T1: moss\n3. T2: moss"
+    texts = ["moss and stone" if i % 7 == 0 else "moss" if i % 3 == 0 else "stone" for i in range(50)]
+    documents = [{"title": f"T{i}", "text": text} for i, text in enumerate(texts)]
+    assert search("moss", documents).text == "1. T3: moss\n2. T6: moss\n3. T9: moss"
 
 
 def bm25(query: str, documents: list[str]) -> list[float]:

@@ -67,6 +67,7 @@ def test_boxes_in_pixels(bbox: list[float], size: tuple[int, int], box: tuple[in
         ((32, 32), 262_144, (512, 512)),
         ((64, 32), 262_144, (736, 384)),  # times 11.31: 724.1 and 362.0, rounded up
         ((33, 33), 262_144, (512, 512)),
+        ((21, 525), 262_144, (128, 2560)),  # times 512/105: 102.4, and 2560 without a rounding error on top
         ((1000, 500), 262_144, (992, 512)),  # large enough: the nearest multiples
         ((20, 50), 1, (32, 64)),
         ((64, 64), 128 * 128, (128, 128)),

@@ -25,7 +25,16 @@ from axpo.miniature import base
 from axpo.miniature.scene import CELL, Plaque, draw_crop, draw_scene
 from axpo.miniature.teacher import THOUGHTS
 from axpo.miniature.tools import SCHEMAS, call_text, zoom_call
-from axpo.miniature.world import DIVISORS, FACTS, corpus, describe, sample_facts, sample_land, sample_problems, sample_scene
+from axpo.miniature.world import (
+    DIVISORS,
+    FACTS,
+    corpus,
+    describe,
+    sample_facts,
+    sample_land,
+    sample_problems,
+    sample_scene,
+)
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
 from axpo.tree import Credit, Kind, RolloutTree
@@ -37,15 +46,16 @@ COOL_DOWN = 0.3  # of the steps, at the end
 Exchange = tuple[str, str]  # what is asked, what is to be answered
 
 
-def locate(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
-    """Point at every plaque of a scene, in the format of Qwen's grounding."""
+def look(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
+    """Point at every plaque of a scene, in the format of Qwen's grounding, and name what is in a box."""
     scene = sample_scene(rng, 5, 9)
     exchanges = []
     for plaque in scene:
-        box = json.dumps({"bbox_2d": list(plaque.box), "label": plaque.name})
-        exchanges.append((f"Where is the {plaque.name}?", box))
-        if rng.random() < 0.3:
-            exchanges.append((f"Zoom in on the {plaque.name}.", zoom_call(plaque.box, plaque.name)))
+        box = list(plaque.box)
+        exchanges.append((f"Where is the {plaque.name}?", json.dumps({"bbox_2d": box, "label": plaque.name})))
+        exchanges.append((f"What is at {json.dumps(box)}?", plaque.name))
+        if rng.random() < 0.15:
+            exchanges.append((f"Zoom in on the {plaque.name}.", zoom_call(box, plaque.name)))
     return [draw_scene(scene, rng)], exchanges
 
 
@@ -85,7 +95,7 @@ def find(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
     ]
 
 
-TASKS = {locate: 6, read: 24, compute: 6, find: 8}  # how many of each in a step
+TASKS = {look: 10, read: 32, compute: 2, find: 3}  # how many of each in a step
 
 
 def make_tree(chat: Chat, images: list[bytes], exchanges: list[Exchange], name: str) -> RolloutTree:
@@ -196,7 +206,9 @@ def save_base(model: PreTrainedModel, chat: Chat, out: Path) -> None:
     model.config.save_pretrained(out)
     chat.save(out)
     tied = "lm_head.weight"
-    weights = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.state_dict().items() if name != tied}
+    weights = {
+        name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.state_dict().items() if name != tied
+    }
     save_file(weights, out / "model.safetensors.tmp", metadata={"format": "pt"})
     os.replace(out / "model.safetensors.tmp", out / "model.safetensors")
 

@@ -1,8 +1,8 @@
 """Pictures of the miniature: small print that can be read only after zooming in.
 
-A scene is a 4 × 4 grid of cells, some of which hold a coloured plaque with a digit in small print. At the
-model's input resolution a cell is one vision token: colour and shape are plain, the digit is not. A
-crop of one cell from the original shows it.
+A scene is a 4 × 4 grid of cells, some of which hold a coloured plaque with a digit in fine
+hatching. At the model's input resolution a cell is one vision token: colour and shape are plain, the hatching
+is gone. A crop of one cell from the original shows it.
 """
 
 import io
@@ -13,14 +13,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 GRID = 4
 CELL = 128  # pixels of the original; the model sees a quarter of that
-DIGIT_HEIGHT = 20
+DIGIT_HEIGHT = 84
+HATCHING = 4  # pixels from one light line to the next
+CONTRAST = 60
 COLOURS = {
-    "red": (200, 60, 60),
-    "green": (70, 160, 80),
-    "blue": (70, 90, 200),
-    "yellow": (205, 185, 60),
-    "purple": (150, 70, 170),
-    "orange": (220, 130, 50),
+    "red": (185, 80, 80),
+    "green": (80, 160, 90),
+    "blue": (80, 95, 185),
+    "yellow": (180, 170, 75),
+    "purple": (150, 75, 170),
+    "orange": (185, 130, 70),
 }
 SHAPES = ("square", "disc", "diamond", "triangle")
 
@@ -76,9 +78,9 @@ def png(image: Image.Image) -> bytes:
 
 
 def _ground(side: int, rng: np.random.Generator) -> np.ndarray:
-    # The grain survives the shrinking to the model's resolution, where it drowns what is left of the print.
-    grain = rng.normal(0, 16, (side // 8, side // 8, 1)) + rng.normal(0, 5, (side // 8, side // 8, 3))
-    coarse = np.clip(188 + grain, 0, 255).astype(np.uint8)
+    # The grain survives the shrinking to the model's resolution, where it drowns what is left of the hatching.
+    grain = rng.normal(0, 12, (side // 8, side // 8, 1)) + rng.normal(0, 5, (side // 8, side // 8, 3))
+    coarse = np.clip(128 + grain, 0, 255).astype(np.uint8)
     return np.repeat(np.repeat(coarse, 8, 0), 8, 1)
 
 
@@ -95,17 +97,18 @@ def _draw_plaque(image: Image.Image, x: int, y: int, plaque: Plaque, rng: np.ran
         shape.polygon(((middle, low), (high, middle), (middle, high), (low, middle)), fill=255)
     else:
         shape.polygon(((middle, low), (high, high), (low, high)), fill=255)
-    grain = np.asarray(region, dtype=np.float64) - 188.0
+    grain = np.asarray(region, dtype=np.float64) - 128.0
     paint = np.clip(np.array(COLOURS[plaque.colour]) + grain, 0, 255).astype(np.uint8)
     region.paste(Image.fromarray(paint), mask=mask)
-    _print_digit(region, plaque.digit, rng)
-    image.paste(region, (x, y))
+    image.paste(_hatch(region, plaque.digit, rng), (x, y))
 
 
-def _print_digit(region: Image.Image, digit: int, rng: np.random.Generator) -> None:
-    # Light strokes with a dark rim of about the same area: shrunk, they cancel out.
+def _hatch(region: Image.Image, digit: int, rng: np.random.Generator) -> Image.Image:
+    # Light and dark lines in equal parts: shrunk to a quarter, they average out by construction.
     font = ImageFont.load_default(DIGIT_HEIGHT)
-    centre = (CELL // 2 + int(rng.integers(-3, 4)), CELL // 2 + 10 + int(rng.integers(-3, 4)))
-    ImageDraw.Draw(region).text(
-        centre, str(digit), font=font, anchor="mm", fill=(255, 255, 255), stroke_width=2, stroke_fill=(20, 20, 20)
-    )
+    glyph = Image.new("L", region.size, 0)
+    centre = (CELL // 2 + int(rng.integers(-3, 4)), CELL // 2 + 8 + int(rng.integers(-3, 4)))
+    ImageDraw.Draw(glyph).text(centre, str(digit), font=font, anchor="mm", fill=255, stroke_width=2)
+    lines = np.where(np.arange(CELL) % HATCHING < HATCHING // 2, CONTRAST, -CONTRAST)
+    relief = np.asarray(glyph, dtype=np.float64)[:, :, None] / 255 * lines[None, :, None]
+    return Image.fromarray(np.clip(np.asarray(region) + relief, 0, 255).astype(np.uint8))

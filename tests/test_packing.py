@@ -1,0 +1,212 @@
+"""A packed tree must equal its rows computed one by one: log-probs, loss and gradients."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PilImage
+from transformers import Qwen3VLForConditionalGeneration
+
+from axpo.chat import Chat
+from axpo.credit import credit_axpo
+from axpo.loss import policy_loss, token_weights
+from axpo.packing import pack_logprobs, pack_trees
+from axpo.policy import banned_tokens
+from axpo.tree import Credit, Kind, Outcome, RolloutTree, Segment, StopReason
+
+
+def picture(seed: int, width: int = 64, height: int = 64) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    PilImage.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def words(rng: np.random.Generator, count: int) -> list[int]:
+    return [int(i) for i in rng.integers(0, 256, count)]
+
+
+def policy(
+    tree: RolloutTree, parent: Segment, rng: np.random.Generator, count: int, resampled: bool = False
+) -> Segment:
+    return tree.append(parent, Kind.POLICY, words(rng, count), rng.normal(-1, 0.3, count), resampled=resampled)
+
+
+def forked_tree(chat: Chat, seed: int) -> RolloutTree:
+    """A prompt with an image, a plain rollout, one with a tool image, and one forked with two continuations."""
+    rng = np.random.default_rng(seed)
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    tree = RolloutTree("q", *chat.prompt([{"role": "user", "content": content}], [picture(seed, 96, 64)], []))
+    plain = policy(tree, tree.root, rng, 7)
+    plain.outcome = Outcome(StopReason.ANSWER, 1.0)
+    looked = policy(tree, tree.root, rng, 5)
+    seen = tree.append(looked, Kind.OBSERVATION, *observation(chat, "here", seed + 1))
+    policy(tree, seen, rng, 4).outcome = Outcome(StopReason.ANSWER, 0.0)
+    source = policy(tree, tree.root, rng, 9)
+    source.outcome = Outcome(StopReason.ANSWER, 0.0)
+    prefix = tree.fork(source, 4)
+    for reward in (1.0, 0.0):
+        first = policy(tree, prefix, rng, 3, resampled=True)
+        shown = tree.append(first, Kind.OBSERVATION, *observation(chat, "look", seed + 2 + int(reward)))
+        policy(tree, shown, rng, 6).outcome = Outcome(StopReason.ANSWER, reward)
+    return tree
+
+
+def observation(chat: Chat, text: str, seed: int) -> tuple[list[int], None, tuple]:
+    ids, images = chat.observation([(text, [picture(seed)])])
+    return ids, None, images
+
+
+def row_logprobs(
+    model: Qwen3VLForConditionalGeneration, chat: Chat, leaf: Segment, banned: torch.Tensor
+) -> torch.Tensor:
+    """The independent way: one rollout as a plain sequence, positions from the model's own `get_rope_index`."""
+    path = leaf.path()
+    ids = torch.tensor(np.concatenate([s.ids for s in path]))[None]
+    images = [image for s in path for image in s.images]
+    pixels, grids = chat.pixels(images)
+    kinds = (ids == chat.image_token_id).int()
+    positions, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=grids)
+    logits = model(
+        input_ids=ids, position_ids=positions, pixel_values=pixels.to(model.dtype), image_grid_thw=grids
+    ).logits[0]
+    logits[:, banned] = float("-inf")
+    return logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+
+
+def test_packed_tree_equals_rows_in_loss_and_gradients(chat: Chat, make_model: Callable) -> None:
+    model = make_model().double()
+    banned = banned_tokens(chat, model)
+    trees = [forked_tree(chat, seed) for seed in (0, 10)]
+    for tree in trees:
+        credit_axpo(tree)
+    packs = pack_trees(trees, chat, token_limit=10_000)
+    assert len(packs) == 1
+
+    pack = packs[0]
+    logprobs = pack_logprobs(model, pack, chat, banned)
+    weights = token_weights(pack.stream_tokens, rollouts=6, total_tokens=0)
+    loss = policy_loss(logprobs, pack.old_logprobs, None, pack.advantages, weights)
+    loss.backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    counted: set[Segment] = set()
+    for tree in trees:
+        for leaf in tree.leaves():
+            logprobs_of_row = row_logprobs(model, chat, leaf, banned)
+            start = 0
+            for segment in leaf.path():
+                if segment.credit is not None and segment not in counted:
+                    counted.add(segment)
+                    new = logprobs_of_row[start - 1 : start - 1 + len(segment)]
+                    ratio = (new - torch.tensor(segment.logprobs, dtype=torch.float64)).exp()
+                    advantage = segment.credit.advantage
+                    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.4) * advantage)
+                    total = total - surrogate.sum() / segment.credit.stream_tokens / 6
+                start += len(segment)
+    total.backward()
+    torch.testing.assert_close(loss, total, atol=1e-9, rtol=0)
+    compared = 0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(packed[name], parameter.grad, atol=1e-9, rtol=0)
+            compared += int(parameter.grad.abs().sum() > 0)
+    assert compared > 40  # vision tower and language model both took part
+
+
+def test_what_nobody_learns_from_is_not_computed(chat: Chat) -> None:
+    tree = forked_tree(chat, 0)
+    credit_axpo(tree)
+    old = tree.root.children[2].children[0]  # the failed continuation of the source
+    assert old.credit is None
+    pack = pack_trees([tree], chat, 10_000)[0]
+    assert pack.tokens == sum(len(s) for s in tree.segments()) - len(old)
+    assert len(pack.images) == sum(len(s.images) for s in tree.segments())
+
+
+def test_rows_and_batches_do_not_change_logprobs(chat: Chat, make_model: Callable) -> None:
+    model = make_model()
+    banned = banned_tokens(chat, model)
+    trees = [forked_tree(chat, seed) for seed in range(4)]
+    for tree in trees:
+        credit_axpo(tree)
+    small = {s for tree in trees[2:] for s in tree.segments() if s.kind is Kind.POLICY}
+    for segment in list(small)[::2]:
+        segment.credit = None  # trees of different sizes
+    with torch.no_grad():
+        alone = [pack_logprobs(model, p, chat, banned) for t in trees for p in pack_trees([t], chat, 1)]
+        together = [pack_logprobs(model, p, chat, banned) for p in pack_trees(trees, chat, 10_000)]
+    assert len(together) == 1
+    one, other = (torch.cat(part).sort().values for part in (alone, together))
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def test_a_large_tree_is_packed_alone(chat: Chat) -> None:
+    trees = [forked_tree(chat, seed) for seed in range(3)]
+    for tree in trees:
+        credit_axpo(tree)
+    packs = pack_trees(trees, chat, token_limit=10)
+    assert [pack.ids.shape[0] for pack in packs] == [1, 1, 1]
+
+
+def test_nothing_credited_gives_no_packs(chat: Chat) -> None:
+    assert pack_trees([forked_tree(chat, 0)], chat, 1000) == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(parents=st.lists(st.integers(0, 100), min_size=1, max_size=12), seed=st.integers(0, 1000))
+def test_the_mask_shows_a_token_its_path_and_nothing_else(parents: list[int], seed: int, chat: Chat) -> None:
+    rng = np.random.default_rng(seed)
+    tree = RolloutTree("q", words(rng, 3))
+    segments = [tree.root]
+    for pick in parents:
+        segments.append(policy(tree, segments[pick % len(segments)], rng, int(rng.integers(1, 4))))
+    for segment in segments[1:]:
+        segment.credit = Credit(1.0, 1)
+    pack = pack_trees([tree, tree], chat, token_limit=10_000)[0]
+    mask = pack.mask()[:, 0].numpy()
+    owners = [(s, i) for s in tree.segments() for i in range(len(s))]
+    for query, (segment, index) in enumerate(owners):
+        path = segment.path()
+        expected = [s in path[:-1] or (s is segment and i <= index) for s, i in owners]
+        for row in mask:
+            assert row[query, : len(owners)].tolist() == expected
+            assert not row[query, len(owners) :].any()
+
+
+def test_two_trees_in_one_row_do_not_see_each_other(chat: Chat) -> None:
+    rng = np.random.default_rng(0)
+    trees = []
+    for size in (30, 12, 12):
+        tree = RolloutTree(str(size), words(rng, 3))
+        policy(tree, tree.root, rng, size).credit = Credit(1.0, size)
+        trees.append(tree)
+    pack = pack_trees(trees, chat, token_limit=1000)[0]
+    assert pack.ids.shape == (2, 33)
+    mask = pack.mask()[:, 0].numpy()
+    assert mask[1, 15:30, 15:30].sum() == 15 * 16 / 2
+    assert not mask[1, 15:30, :15].any()
+    assert mask[1, 30:, :].sum() == 3  # padding sees itself alone
+    assert pack.tokens == 33 + 30
+
+
+def test_targets_are_predicted_by_the_token_before_them_on_the_path(chat: Chat) -> None:
+    tree = RolloutTree("q", [1, 2])
+    first = tree.append(tree.root, Kind.POLICY, [3, 4], [-0.5, -0.6])
+    second = tree.append(tree.root, Kind.POLICY, [5], [-0.7])
+    first.credit, second.credit = Credit(0.25, 2), Credit(-1.0, 1)
+    pack = pack_trees([tree], chat, 100)[0]
+    kept = torch.nonzero(pack.keep[0])[:, 0]
+    assert pack.targets.tolist() == [3, 4, 5]
+    assert kept[pack.sources].tolist() == [1, 2, 1]
+    assert pack.ids.tolist() == [[1, 2, 3, 4, 5]]
+    assert pack.positions[0].tolist() == [[0, 1, 2, 3, 2]]
+    assert pack.advantages.tolist() == [0.25, 0.25, -1.0]
+    assert pack.stream_tokens.tolist() == [2, 2, 1]
+    assert pack.old_logprobs.tolist() == pytest.approx([-0.5, -0.6, -0.7])
