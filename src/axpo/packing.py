@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from axpo.chat import Chat
 from axpo.policy import forward_logits, policy_logprobs
 from axpo.positions import mrope_positions
-from axpo.tree import Image, Kind, RolloutTree, Segment
+from axpo.tree import Image, RolloutTree, Segment
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
     trained = [s for s in order if s.credit is not None]
     sources, targets = [], []
     for segment in trained:
-        assert segment.kind is Kind.POLICY and segment.parent is not None
+        assert segment.parent is not None
         inside = np.arange(starts[segment], starts[segment] + len(segment))
         before = inside - 1
         before[0] = starts[segment.parent] + len(segment.parent) - 1

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from axpo.chat import Chat
 from axpo.miniature import base
-from axpo.miniature.scene import CELL, Plaque, draw_crop, draw_scene
+from axpo.miniature.scene import Plaque, draw_crop, draw_scene
 from axpo.miniature.teacher import THOUGHTS
 from axpo.miniature.tools import SCHEMAS, call_text, zoom_call
 from axpo.miniature.world import (
@@ -47,15 +47,16 @@ Exchange = tuple[str, str]  # what is asked, what is to be answered
 
 
 def look(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
-    """Point at every plaque of a scene, in the format of Qwen's grounding, and name what is in a box."""
+    """Say where everything in a scene is; point at one thing, in the format of Qwen's grounding; zoom when told to."""
     scene = sample_scene(rng, 5, 9)
-    exchanges = []
-    for plaque in scene:
-        box = list(plaque.box)
-        exchanges.append((f"Where is the {plaque.name}?", json.dumps({"bbox_2d": box, "label": plaque.name})))
-        exchanges.append((f"What is at {json.dumps(box)}?", plaque.name))
-        if rng.random() < 0.15:
-            exchanges.append((f"Zoom in on the {plaque.name}.", zoom_call(box, plaque.name)))
+    listed = "\n".join(f"{plaque.name} {json.dumps(list(plaque.box))}" for plaque in scene)
+    exchanges = [("Where is everything?", listed)]
+    one, other = rng.choice(len(scene), 2)
+    if rng.random() < 0.4:
+        box = json.dumps({"bbox_2d": list(scene[one].box), "label": scene[one].name})
+        exchanges.append((f"Where is the {scene[one].name}?", box))
+    if rng.random() < 0.2:
+        exchanges.append((f"Zoom in on the {scene[other].name}.", zoom_call(scene[other].box, scene[other].name)))
     return [draw_scene(scene, rng)], exchanges
 
 
@@ -95,7 +96,7 @@ def find(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
     ]
 
 
-TASKS = {look: 10, read: 32, compute: 2, find: 3}  # how many of each in a step
+TASKS = {look: 14, read: 28, compute: 2, find: 3}  # how many of each in a step
 
 
 def make_tree(chat: Chat, images: list[bytes], exchanges: list[Exchange], name: str) -> RolloutTree:
