@@ -153,7 +153,7 @@ def test_the_image_limit_leaves_the_whole_observation_out(play: Callable) -> Non
 
 
 def test_the_context_limit_leaves_the_whole_observation_out(play: Callable) -> None:
-    tree, script, _ = play([THOUGHT + ZOOM, ANSWER])
+    tree, _, _ = play([THOUGHT + ZOOM, ANSWER])
     room = sum(len(s) for s in tree.leaves()[0].path()[:3])
     tree, _, _ = play([THOUGHT + ZOOM], context=room)
     (leaf,) = tree.leaves()

@@ -79,7 +79,10 @@ def quickstart(overrides: Overrides = None) -> None:
 
 @app.command()
 def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
-    """Train by reinforcement learning on data.train; evaluate on data.eval."""
+    """Train on data.train by AXPO or GRPO.
+
+    Evaluates on data.eval at the end, where it is given.
+    """
     with _command():
         config = load_config(config_file, overrides or [])
         _require(config.data.train, "data.train")
@@ -256,9 +259,10 @@ def _trajectory_tree(trajectory: "Trajectory", chat: "Chat", toolbox: "Toolbox")
     from axpo.sft import imitate, trajectory_tree
 
     try:
-        return imitate(trajectory_tree(trajectory, chat, toolbox.schemas))
+        tree = trajectory_tree(trajectory, chat, toolbox.schemas)
     except ChatError as error:
         raise ChatError(f"trajectory {trajectory.question.id}: {error}") from error
+    return imitate(tree, tree.leaves())
 
 
 def _config_of_run(folder: Path, checkpoint: str, overrides: Sequence[str]) -> Config:

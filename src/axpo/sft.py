@@ -11,7 +11,7 @@ from axpo.optimizer import Optimizer
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
 from axpo.questions import Trajectory
-from axpo.tree import Credit, Kind, RolloutTree
+from axpo.tree import Credit, Kind, RolloutTree, Segment
 
 
 def trajectory_tree(trajectory: Trajectory, chat: Chat, tools: Sequence[dict[str, object]]) -> RolloutTree:
@@ -32,11 +32,14 @@ def trajectory_tree(trajectory: Trajectory, chat: Chat, tools: Sequence[dict[str
     return tree
 
 
-def imitate(tree: RolloutTree) -> RolloutTree:
-    """Credit every policy token of the tree, so that packing trains it; returns the tree."""
-    policy = [segment for segment in tree.segments() if segment.kind is Kind.POLICY]
-    for segment in policy:
-        segment.credit = Credit(1.0, sum(map(len, policy)))
+def imitate(tree: RolloutTree, leaves: Sequence[Segment]) -> RolloutTree:
+    """Credit the policy tokens of these rollouts, so that packing trains them and nothing else; returns the tree."""
+    for segment in tree.segments():
+        segment.credit = None
+    for leaf in leaves:
+        policy = [segment for segment in leaf.path() if segment.kind is Kind.POLICY]
+        for segment in policy:
+            segment.credit = Credit(1.0, sum(map(len, policy)))
     return tree
 
 

@@ -190,7 +190,7 @@ def train_step(
         for pack in packs:
             # A digit of a box or of a picture is what is to be learned; words around it are cheap.
             loss = -pack_logprobs(model, pack, chat, banned).sum() / tokens
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         losses[task.__name__] = total
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -18,7 +18,8 @@ from axpo.tree import RolloutTree, scored
 from axpo.workflow import Progress, run_evaluation, run_sft, run_training
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
-TEACHER_PROBLEMS = 900
+TEACHER_PROBLEMS = 240
+TEACHER_ROLLOUTS = 6
 TEACHER_SEED = 7  # other problems than those of the RL stage
 
 
@@ -44,15 +45,19 @@ def quickstart(config: Config, run: Run, progress: Progress) -> dict[str, Any]:
 
 
 async def teach(chat: Chat, toolbox: Toolbox, progress: Progress) -> list[RolloutTree]:
-    """The teacher's correct trajectories, written through the agent loop and the real tools."""
+    """The teacher's correct trajectories, written through the agent loop and the real tools.
+
+    All of a question lie in one tree, so that its prompt is computed once in training too.
+    """
     problems = sample_problems(TEACHER_PROBLEMS, TEACHER_SEED)
     agent = Agent(Teacher(problems, chat), chat, toolbox, Sampling(), Limits())
     progress.stage("teacher", len(problems))
     trees = []
     for index, problem in enumerate(problems):
         tree = agent.new_tree(problem.question)
-        await agent.group(tree, problem.question, 1, (TEACHER_SEED, index))
+        await agent.group(tree, problem.question, TEACHER_ROLLOUTS, (TEACHER_SEED, index))
         progress.step({})
-        if any(reward > 0 for _, reward in scored(tree.leaves())):
-            trees.append(imitate(tree))
+        right = [leaf for leaf, reward in scored(tree.leaves()) if reward > 0]
+        if right:
+            trees.append(imitate(tree, right))
     return trees

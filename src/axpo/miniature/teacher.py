@@ -72,6 +72,7 @@ class Teacher:
         problem, rng = memory.problem, memory.rng
         habit = int(rng.choice(len(HABITS), p=HABITS))
         memory.acted, memory.works = True, habit == 0
+        about: tuple[str, ...]
         if problem.plaque is not None:
             about, call = (problem.plaque.name,), _zoom(problem, habit, rng)
         elif problem.family == "computation":

@@ -1,0 +1,36 @@
+"""Warm-up and clipping, against values computed by hand."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from axpo.optimizer import Optimizer
+
+
+def rates(optimizer: Optimizer, steps: int) -> list[float]:
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.adamw.param_groups[0]["lr"])
+        optimizer.parameters[0].grad = torch.zeros_like(optimizer.parameters[0])
+        optimizer.step()
+    return found
+
+
+def test_the_learning_rate_rises_and_stays(make_model: Callable) -> None:
+    assert rates(Optimizer(make_model(), 0.3, warmup_steps=2), 5) == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3])
+
+
+def test_without_a_warm_up_it_is_whole_at_once(make_model: Callable) -> None:
+    assert rates(Optimizer(make_model(), 0.3), 2) == pytest.approx([0.3, 0.3])
+
+
+def test_the_gradient_is_clipped_and_its_norm_returned(make_model: Callable) -> None:
+    optimizer = Optimizer(make_model(), 0.1, grad_clip=1.0)
+    parameter = optimizer.parameters[0]
+    parameter.grad = torch.zeros_like(parameter)
+    parameter.grad.view(-1)[:2] = torch.tensor([3.0, 4.0])
+    assert optimizer.step() == pytest.approx(5.0)
+    moment = optimizer.adamw.state[parameter]["exp_avg"].view(-1)[:2]  # (1 − β₁)·gradient, after clipping to length 1
+    torch.testing.assert_close(moment, torch.tensor([0.06, 0.08]))
+    assert parameter.grad is None

@@ -1,0 +1,62 @@
+"""Fine-tuning on trajectories: the tokens that are trained, and that training raises their likelihood."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from axpo.chat import Chat, ChatError
+from axpo.config import load_config
+from axpo.packing import pack_logprobs, pack_trees
+from axpo.policy import banned_tokens
+from axpo.questions import Question, Trajectory, Turn
+from axpo.sft import imitate, sft_steps, trajectory_tree
+from axpo.tree import Kind
+
+QUESTION = Question("q", [{"role": "user", "content": "What is 2 + 3?"}], (), "5")
+CALLING = 'I compute.\n</think>\n\n<tool_call>\n{"name": "python", "arguments": {"code": "2 + 3"}}\n</tool_call>'
+ANSWERING = "It is 5.\n</think>\n\n<answer>5</answer>"
+TRAJECTORY = Trajectory(QUESTION, (Turn("assistant", CALLING), Turn("tool", "5"), Turn("assistant", ANSWERING)))
+
+
+def test_a_trajectory_is_the_tree_that_the_policy_would_have_grown(chat: Chat) -> None:
+    tree = trajectory_tree(TRAJECTORY, chat, [])
+    (leaf,) = tree.leaves()
+    kinds = [s.kind for s in leaf.path()]
+    assert kinds == [Kind.PROMPT, Kind.POLICY, Kind.OBSERVATION, Kind.POLICY]
+    assert chat.parse(leaf.path()[1].ids.tolist()).call_texts[0].startswith('{"name": "python"')
+    assert leaf.path()[3].ids.tolist() == chat.turn(ANSWERING)
+    assert leaf.uses_tool
+
+
+def test_a_turn_that_no_policy_may_write_is_refused(chat: Chat) -> None:
+    with pytest.raises(ChatError, match="image_pad"):
+        trajectory_tree(Trajectory(QUESTION, (Turn("assistant", "<|image_pad|>"),)), chat, [])
+
+
+def test_only_the_policys_tokens_of_the_chosen_rollouts_are_trained(chat: Chat) -> None:
+    tree = trajectory_tree(TRAJECTORY, chat, [])
+    other = chat.turn("Hm.\n</think>\n\n6")
+    tree.append(tree.root, Kind.POLICY, other, [0.0] * len(other))
+    right = tree.leaves()[0]
+    (pack,) = pack_trees([imitate(tree, [right])], chat, 1000)
+    assert sorted(pack.targets.tolist()) == sorted(chat.turn(CALLING) + chat.turn(ANSWERING))
+
+
+def test_training_raises_the_likelihood(chat: Chat, make_model: Callable) -> None:
+    model = make_model()
+    tree = trajectory_tree(TRAJECTORY, chat, [])
+    trees = [imitate(tree, tree.leaves())]
+    (pack,) = pack_trees(trees, chat, 1000)
+    banned = banned_tokens(chat, model)
+
+    def likelihood() -> float:
+        with torch.no_grad():
+            return pack_logprobs(model, pack, chat, banned).mean().item()
+
+    before = likelihood()
+    config = load_config(None, ["sft.steps=6", "sft.batch=2", "sft.learning_rate=0.003", "sft.warmup_steps=0"])
+    figures = list(sft_steps(config, model, chat, trees))
+    assert [f["step"] for f in figures] == [1, 2, 3, 4, 5, 6]
+    assert figures[0]["loss"] == pytest.approx(-before, rel=1e-4)
+    assert likelihood() > before + 1
