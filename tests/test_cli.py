@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from axpo.config import load_config
 from axpo.miniature import quickstart
 from axpo.miniature.base import BASE
 from axpo.storage import load_trees
-from axpo.tree import Kind
 
 TOOL = '''
 def count_letters(text: str) -> str:
@@ -217,7 +215,7 @@ def test_sft_learns_the_trajectories(project: Path):
 
 
 def test_sft_can_imitate_the_miniatures_teacher(project: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(quickstart, "TEACHER_PROBLEMS", 2)
+    monkeypatch.setattr(quickstart, "TEACHER_PROBLEMS", 12)
     tools = ["data.sft=miniature", "tools.names=[zoom, python, search]", "tools.corpus=miniature"]
     succeed("sft", project, *tools, "sft.steps=1", "tools.zoom_pixels=16384")
     assert [figures["stage"] for figures in metrics(project.parent / "run")] == ["sft"]
@@ -226,7 +224,7 @@ def test_sft_can_imitate_the_miniatures_teacher(project: Path, monkeypatch: pyte
 
 def test_quickstart_goes_from_the_base_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quickstart, "TEACHER_PROBLEMS", 2)
+    monkeypatch.setattr(quickstart, "TEACHER_PROBLEMS", 12)
     monkeypatch.setattr(build, "MINIATURE_QUESTIONS", 2)
     monkeypatch.setattr(build, "MINIATURE_HELD_OUT", 2)
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
@@ -253,6 +251,13 @@ def test_help_and_mistakes_in_a_config_come_without_torch():
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
         assert told in done.stdout + done.stderr
         assert done.stderr.splitlines()[-1] == "set()"
+
+
+def test_a_terminal_that_lacks_a_character_gets_a_question_mark():
+    command = [sys.executable, "-c", "from axpo.cli import main; main()", "quickstart", "--help"]
+    latin = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=latin)
+    assert "runs/quickstart-2, ? that is" in " ".join(done.stdout.split())
 
 
 def test_an_interrupted_run_is_usable(project: Path):
@@ -290,23 +295,121 @@ def test_an_interrupted_run_is_usable(project: Path):
         ("train.steps=many", "error: train.steps: got 'many', must be a valid integer"),
         ("train.steps=-1", "error: train.steps: got -1, must be greater than or equal to 0"),
         ("data.train=", "error: data.train: got nothing"),
-        ("data.train=missing.jsonl", "missing.jsonl: no such file"),
-        ("data.eval=missing.jsonl", "missing.jsonl: no such file"),
+        ("data.train=nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("data.eval=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("eval.questions=5", "error: eval.questions: got 5, but data.eval holds 3"),
         ("rollout.rollouts=1", "error: rollout.rollouts: got 1, must be at least 2"),
         ("method.continuations=5", "so nothing can ever be resampled: r·B·N = 1·2·2 = 4 extra rollouts a step"),
-        ("tools.names=[missing.py]", "missing.py does not exist"),
+        ("tools.names=[nowhere.py]", "nowhere.py does not exist"),
         ("tools.names=[hammer]", "error: tools.names[0]: got 'hammer', must be one of zoom, python, search"),
-        ("tools.names=[search]", "error: tools.corpus: got nothing, but tools.names has 'search'")
-        if False
-        else ("max_pixels=1024", None),
+        ("model=.", "is not a checkpoint: it holds no config.json"),
         ("device=cuda:99", "error: device: got 'cuda:99', but torch"),
         ("rollout.max_context=60", "error: rollout.max_context: got 60, but the prompt of question zero alone has"),
-        (
-            "rollout.max_images=0",
-            "error: rollout.max_images: got 0, but the prompt of question zero alone has 1 images",
-        ),
+        ("rollout.max_images=0", "error: rollout.max_images: got 0, but the prompt of question zero alone has 1 im"),
+        ("output=questions.jsonl", "questions.jsonl is a file; must be a folder"),
+        ("output=/proc/run", "error: output: /proc/run cannot be written"),
+        ("output=.", "is not empty; must be a new folder, so that no run is overwritten"),
     ],
 )
-def test_a_mistake_in_a_value(override: str, told: str | None, project: Path, no_weights: None):
-    pass
+@pytest.mark.usefixtures("no_weights")
+def test_a_wrong_value_is_told_before_weights_are_loaded(
+    override: str, told: str, project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(project.parent)
+    assert told in mistake("train", project, override)
+    assert not (project.parent / "run").exists()
+
+
+def test_a_config_that_is_not_there(tmp_path: Path):
+    assert mistake("train", tmp_path / "c.yaml") == f"error: {tmp_path / 'c.yaml'}: no such file; must be a YAML file\n"
+
+
+def test_several_mistakes_are_told_at_once(project: Path):
+    assert len(mistake("train", project, "train.steps=x", "sed=1").splitlines()) == 2
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A copy of the package's model, to be spoiled."""
+    return Path(shutil.copytree(BASE, tmp_path / "model"))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_model_without_a_template_that_knows_tools(project: Path, base: Path):
+    template = base / "chat_template.jinja"
+    template.unlink()
+    assert mistake("train", project, f"model={base}") == f"error: model {base}: the tokenizer has no chat template\n"
+    template.write_text("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}")
+    assert f"error: model {base}: the chat template ignores tools" in mistake("train", project, f"model={base}")
+
+
+def test_a_model_whose_weights_are_missing_leaves_no_run_folder(project: Path, base: Path):
+    (base / "model.safetensors").unlink()
+    assert f"error: {base} is not a checkpoint that can be opened" in mistake("train", project, f"model={base}")
+    assert not (project.parent / "run").exists()
+
+
+def test_an_image_that_does_not_open_costs_its_question_only(project: Path):
+    (project.parent / "0.png").write_bytes(b"no image")
+    result = succeed("train", project)
+    (warning, *more) = result.stderr.splitlines()
+    assert warning.startswith("warning: ")
+    assert "left out question 'zero' (line 1): image '0.png' does not open" in warning
+    assert len(more) == 1  # the file is that of the evaluation too
+    (_, evaluation) = metrics(project.parent / "run")
+    assert evaluation["questions"] == 2
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_data_that_cannot_be_used(project: Path):
+    data = project.parent / "bad.jsonl"
+    for rows, told in (
+        ([], f"error: {data}: holds no questions\n"),
+        ([QUESTIONS[0], {"question": "Why?"}], f"error: {data}, line 2: the answer is missing\n"),
+    ):
+        write_rows(data, rows)
+        assert mistake("train", project, f"data.train={data}") == told
+    write_rows(data, [{**QUESTIONS[0], "images": ["nowhere.png"]}])
+    assert f"error: {data}: no question is left" in mistake("train", project, f"data.train={data}")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_tool_file_that_does_not_import(project: Path):
+    tool = project.parent / "count.py"
+    tool.write_text("import nowhere\n")
+    told = f"error: {tool}:1: does not import: ModuleNotFoundError: No module named 'nowhere'\n"
+    assert mistake("train", project) == told
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_trajectories_that_cannot_be_used(project: Path):
+    assert "error: data.sft: got nothing" in mistake("sft", project, "data.sft=")
+    questions = project.parent / "questions.jsonl"
+    assert "line 1: the turns are missing" in mistake("sft", project, f"data.sft={questions}")
+    spoiled = {**QUESTIONS[2], "turns": [{"role": "assistant", "content": "<|im_start|>user"}], "id": "bad"}
+    write_rows(project.parent / "trajectories.jsonl", [TRAJECTORIES[0], spoiled])
+    told = "error: trajectory bad: a policy turn cannot hold <|im_start|>\n"
+    assert mistake("sft", project) == told
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_folder_that_is_no_run(project: Path, trained: tuple[Path, Result]):
+    run, _ = trained
+    missing = project.parent / "nowhere"
+    assert mistake("eval", missing) == f"error: {missing} is not a run folder: it holds no config.yaml\n"
+    told = f"error: {run} holds no checkpoint 'sft'; it holds checkpoint\n"
+    assert mistake("eval", run, "--checkpoint", "sft") == told
+    assert "trees is not a checkpoint: it holds no config.json" in mistake("eval", run, "--checkpoint", "trees")
+    assert "error: data.eval: got nothing" in mistake("eval", run, "data.eval=")
+    assert "error: model: cannot be given here" in mistake("eval", run, "model=miniature")
+    assert "error: eval.sample: unknown key -> did you mean eval.samples?" in mistake("eval", run, "eval.sample=1")
+
+
+def test_a_bug_is_not_called_a_mistake(project: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*arguments: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(build, "load_data", broken)
+    result = axpo("train", project)
+    assert isinstance(result.exception, ValueError)
+    assert result.stderr == ""

@@ -11,9 +11,9 @@ from axpo.optimizer import Optimizer
 def rates(optimizer: Optimizer, steps: int) -> list[float]:
     found = []
     for _ in range(steps):
-        found.append(optimizer.adamw.param_groups[0]["lr"])
         optimizer.parameters[0].grad = torch.zeros_like(optimizer.parameters[0])
         optimizer.step()
+        found.append(optimizer.adamw.param_groups[0]["lr"])
     return found
 
 

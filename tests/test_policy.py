@@ -1,11 +1,12 @@
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
 from axpo.chat import Chat
 from axpo.policy import (
@@ -133,4 +134,12 @@ def test_load_policy(tiny_model: Any, tmp_path: Path) -> None:
         load_policy(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(PolicyError, match=r"holds no config\.json"):
+        load_policy(tmp_path)
+
+
+def test_weights_that_were_cut_off_are_named(tmp_path: Path, tiny_model: Qwen3VLForConditionalGeneration) -> None:
+    tiny_model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(PolicyError, match=re.escape(str(tmp_path))):
         load_policy(tmp_path)

@@ -113,9 +113,9 @@ def test_a_stage_without_steps_ends_at_once():
 
 def test_an_interrupted_stage_ends_where_it_is():
     screen = Screen(terminal=True)
-    with pytest.raises(KeyboardInterrupt), screen.progress as progress:
-        progress.stage("axpo", 5)
-        screen.step(61, FIGURES)
+    screen.progress.stage("axpo", 5)
+    screen.step(61, FIGURES)
+    with pytest.raises(KeyboardInterrupt), screen.progress:
         raise KeyboardInterrupt
     assert screen.lines()[-1].endswith("axpo: 1/5 in 1:01")
 

@@ -9,7 +9,7 @@ from axpo.chat import Chat, ChatError
 from axpo.config import load_config
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
-from axpo.questions import Question, Trajectory, Turn
+from axpo.questions import DataError, Question, Trajectory, Turn
 from axpo.sft import imitate, sft_steps, trajectory_tree
 from axpo.tree import Kind
 
@@ -60,3 +60,8 @@ def test_training_raises_the_likelihood(chat: Chat, make_model: Callable) -> Non
     assert [f["step"] for f in figures] == [1, 2, 3, 4, 5, 6]
     assert figures[0]["loss"] == pytest.approx(-before, rel=1e-4)
     assert likelihood() > before + 1
+
+
+def test_nothing_to_learn_from_is_an_error(chat: Chat, make_model: Callable) -> None:
+    with pytest.raises(DataError, match="no trajectory"):
+        next(sft_steps(load_config(None, []), make_model(), chat, []))

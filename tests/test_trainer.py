@@ -1,8 +1,8 @@
-"""A training step end to end: real engine, real tools, the miniature's base, which zooms when it is told to."""
+"""A training step end to end: real engine, real tools, and a policy that calls them."""
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,23 +12,27 @@ from transformers import PreTrainedModel
 
 from axpo import build
 from axpo.chat import Chat
-from axpo.config import Config, load_config
-from axpo.credit import credit_axpo
+from axpo.config import load_config
+from axpo.credit import credit_axpo, credit_grpo
 from axpo.diagnostics.gap import is_forked
 from axpo.miniature.scene import draw_scene
+from axpo.miniature.tools import zoom_call
 from axpo.miniature.world import sample_scene
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
-from axpo.questions import Question
+from axpo.questions import Question, Trajectory, Turn
+from axpo.sft import imitate, sft_steps, trajectory_tree
 from axpo.trainer import Trainer
 from axpo.tree import Kind, RolloutTree
 
+Maker = Callable[..., tuple[Trainer, PreTrainedModel, Chat]]
+
 OPTIONS = [
-    "tools.names=[zoom, python]",
+    "tools.names=[zoom]",
     "tools.zoom_pixels=16384",
     "rollout.questions=2",
     "rollout.rollouts=4",
-    "rollout.max_tokens=80",
+    "rollout.max_tokens=72",
     "rollout.max_context=1500",
     "method.budget=1",
     "method.continuations=2",
@@ -40,22 +44,48 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def questions() -> list[Question]:
-    """The base is told to zoom, so it does; the answer is one that it cannot give, so its calls all fail."""
+    """The answer is one that the policy cannot give, so all its calls fail."""
     found = []
     for seed in range(4):
         rng = np.random.default_rng(seed)
         scene = sample_scene(rng)
-        content = [{"type": "image"}, {"type": "text", "text": f"Zoom in on the {scene[0].name}."}]
+        content = [{"type": "image"}, {"type": "text", "text": f"Which digit is on the {scene[0].name}?"}]
         images = (draw_scene(scene, rng),)
         found.append(Question(f"q{seed}", [{"role": "user", "content": content}], images, "nothing"))
     return found
 
 
-def make_trainer(questions: Sequence[Question], *overrides: str) -> tuple[Trainer, Config, PreTrainedModel, Chat]:
-    config = load_config(None, [*OPTIONS, *overrides])
+@pytest.fixture(scope="module")
+def caller(questions: list[Question], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The base, taught in a few steps to zoom into these questions' images and then to answer."""
+    config = load_config(
+        None, [*OPTIONS, "sft.steps=25", "sft.batch=4", "sft.learning_rate=0.002", "sft.warmup_steps=2"]
+    )
     chat, toolbox, model = build.load_chat(config), build.load_toolbox(config), build.load_model(config)
-    agent = build.training_agent(config, build.make_engine(config, model, chat), chat, toolbox)
-    return Trainer(config, agent, model, questions), config, model, chat
+    calling = "I zoom in.\n</think>\n\n" + zoom_call((0, 0, 500, 500), "it")
+    turns = (Turn("assistant", calling), Turn("assistant", "It is 1.\n</think>\n\n<answer>1</answer>"))
+    trees = []
+    for question in questions:
+        shown = Turn("tool", "", question.images)
+        tree = trajectory_tree(Trajectory(question, (turns[0], shown, turns[1])), chat, toolbox.schemas)
+        trees.append(imitate(tree, tree.leaves()))
+    for _ in sft_steps(config, model, chat, trees):
+        pass
+    folder = tmp_path_factory.mktemp("caller")
+    model.save_pretrained(folder)
+    chat.save(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make_trainer(caller: str, questions: list[Question]) -> Maker:
+    def make(*overrides: str) -> tuple[Trainer, PreTrainedModel, Chat]:
+        config = load_config(None, [*OPTIONS, f"model={caller}", *overrides])
+        chat, toolbox, model = build.load_chat(config), build.load_toolbox(config), build.load_model(config)
+        agent = build.training_agent(config, build.make_engine(config, model, chat), chat, toolbox)
+        return Trainer(config, agent, model, questions), model, chat
+
+    return make
 
 
 def policy_logprobs_of(trees: Sequence[RolloutTree]) -> list[float]:
@@ -69,8 +99,8 @@ def policy_logprobs_of(trees: Sequence[RolloutTree]) -> list[float]:
     ]
 
 
-def test_sampling_logprobs_equal_a_fresh_forward_over_the_packed_tree(questions: list[Question]) -> None:
-    trainer, _, model, chat = make_trainer(questions)
+def test_sampling_logprobs_equal_a_fresh_forward_over_the_packed_tree(make_trainer: Maker) -> None:
+    trainer, model, chat = make_trainer()
 
     async def roll() -> list[RolloutTree]:
         batch = trainer.batch(0)
@@ -92,8 +122,8 @@ def test_sampling_logprobs_equal_a_fresh_forward_over_the_packed_tree(questions:
         assert pack.old_logprobs.tolist() == policy_logprobs_of([tree])
 
 
-def test_a_step_forks_within_its_budget_and_learns(questions: list[Question]) -> None:
-    trainer, _, model, _ = make_trainer(questions, "rollout.temperature=1.2")
+def test_a_step_forks_within_its_budget_and_learns(make_trainer: Maker) -> None:
+    trainer, model, _ = make_trainer("rollout.temperature=1.2")
     before = {name: p.clone() for name, p in model.named_parameters()}
     trees, figures = asyncio.run(trainer.step(0))
     assert figures["forked"] == 4  # floor(1 · 2 · 4 / 2)
@@ -105,15 +135,17 @@ def test_a_step_forks_within_its_budget_and_learns(questions: list[Question]) ->
     assert changed == []  # every reward was 0 and the reference is the policy itself: nothing to learn yet
 
 
-def test_a_reward_moves_the_policy_towards_what_earned_it(questions: list[Question]) -> None:
-    trainer, _, _, chat = make_trainer(questions, "train.warmup_steps=0", "method.kl=0")
+def test_a_reward_moves_the_policy_towards_what_earned_it(make_trainer: Maker) -> None:
+    trainer, _, chat = make_trainer(
+        "model=miniature", "method.name=grpo", "train.warmup_steps=0", "method.kl=0", "rollout.max_tokens=12"
+    )
     trees, _ = asyncio.run(trainer.step(0))
     tree = trees[0]
     right = tree.base_leaves()[0]
-        for leaf in tree.leaves():
+    for leaf in tree.leaves():
         assert leaf.outcome is not None
         leaf.outcome = replace(leaf.outcome, reward=float(leaf is right))
-    credit_axpo(tree)
+    credit_grpo(tree)
 
     def likelihood() -> tuple[float, float]:
         (pack,) = pack_trees([tree], chat, 10_000)
@@ -129,9 +161,9 @@ def test_a_reward_moves_the_policy_towards_what_earned_it(questions: list[Questi
     assert worse < bad
 
 
-def test_the_same_seed_gives_the_same_figures(questions: list[Question]) -> None:
+def test_the_same_seed_gives_the_same_figures(make_trainer: Maker) -> None:
     def figures(*overrides: str) -> list[str]:
-        trainer, *_ = make_trainer(questions, *overrides)
+        trainer, *_ = make_trainer(*overrides)
 
         async def steps() -> list[str]:
             lines = []
@@ -142,26 +174,26 @@ def test_the_same_seed_gives_the_same_figures(questions: list[Question]) -> None
 
         return asyncio.run(steps())
 
-    first = figures()
-    assert first == figures()
-    assert first != figures("seed=1")
+    first = figures("rollout.temperature=1.5")  # hot enough that rollouts differ
+    assert first == figures("rollout.temperature=1.5")
+    assert first != figures("rollout.temperature=1.5", "seed=1")
 
 
-def test_minibatches_take_a_step_each(questions: list[Question]) -> None:
-    trainer, *_ = make_trainer(questions, "train.minibatches=2")
+def test_minibatches_take_a_step_each(make_trainer: Maker) -> None:
+    trainer, *_ = make_trainer("train.minibatches=2")
     asyncio.run(trainer.step(0))
-    assert trainer.optimizer.schedule.last_epoch == 2
+    assert trainer.optimizer.steps == 2
 
 
-def test_every_epoch_asks_every_question_once(questions: list[Question]) -> None:
-    trainer, *_ = make_trainer(questions)
+def test_every_epoch_asks_every_question_once(make_trainer: Maker) -> None:
+    trainer, *_ = make_trainer()
     epochs = [[q.id for number in (2 * e, 2 * e + 1) for q in trainer.batch(number)] for e in range(4)]
     assert all(sorted(epoch) == ["q0", "q1", "q2", "q3"] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
-def test_truncated_sampling_recomputes_the_old_logprobs(questions: list[Question]) -> None:
-    trainer, *_ = make_trainer(questions, "rollout.top_k=2", "method.kl=0")
+def test_truncated_sampling_recomputes_the_old_logprobs(make_trainer: Maker) -> None:
+    trainer, *_ = make_trainer("rollout.top_k=2", "method.kl=0")
     trees, _ = asyncio.run(trainer.step(0))
     (pack, *_) = pack_trees(trees, trainer.agent.chat, 100_000)
     old, reference = trainer.before(pack)
@@ -170,15 +202,15 @@ def test_truncated_sampling_recomputes_the_old_logprobs(questions: list[Question
     torch.testing.assert_close(old, trainer.logprobs(pack).detach())
 
 
-def test_grpo_never_forks(questions: list[Question]) -> None:
-    trainer, *_ = make_trainer(questions, "method.name=grpo")
+def test_grpo_never_forks(make_trainer: Maker) -> None:
+    trainer, *_ = make_trainer("method.name=grpo")
     trees, figures = asyncio.run(trainer.step(0))
     assert figures["forked"] == 0
     assert len(trees[0].leaves()) == 4
 
 
-def test_a_broken_gradient_is_dropped(questions: list[Question]) -> None:
-    trainer, *_ = make_trainer(questions)
+def test_a_broken_gradient_is_dropped(make_trainer: Maker) -> None:
+    trainer, *_ = make_trainer()
     parameter = trainer.optimizer.parameters[0]
     before = parameter.clone()
     parameter.grad = torch.full_like(parameter, float("nan"))

@@ -18,7 +18,7 @@ from axpo.questions import Question, Trajectory, load_questions, load_trajectori
 from axpo.tools.base import Toolbox
 from axpo.tools.loading import load_tools
 
-MINIATURE_QUESTIONS = 3000
+MINIATURE_QUESTIONS = 900
 MINIATURE_HELD_OUT = 300
 
 

@@ -5,8 +5,11 @@ with code 130. Torch and transformers are imported by the commands, so that help
 """
 
 import asyncio
+import io
 import itertools
 import logging
+import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +23,8 @@ from axpo.config import BUILT_IN_TOOLS, MINIATURE, Config, ConfigError, load_con
 from axpo.progress import TerminalProgress, summary_table
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from axpo.chat import Chat
     from axpo.questions import Question, Trajectory
     from axpo.run import Run
@@ -45,6 +50,9 @@ Overrides = Annotated[
 
 
 def main() -> None:
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a run must not end because a terminal lacks a character
     app(prog_name="axpo")
 
 
@@ -94,10 +102,9 @@ def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
         for questions in (data.train, data.eval):
             _check_prompt(config, chat, toolbox, questions or [])
         run = _new_run(config)
-        with _running(run):
-            model = build.load_model(config)
-            with TerminalProgress() as progress:
-                figures = asyncio.run(run_training(config, run, progress, model, chat, toolbox, data))
+        model = _load_model(config, run)
+        with _running(run), TerminalProgress() as progress:
+            figures = asyncio.run(run_training(config, run, progress, model, chat, toolbox, data))
         if figures:
             _finish(run, {config.method.name: figures})
         typer.echo(f"run folder: {_shown(run.folder)}")
@@ -120,11 +127,10 @@ def sft(config_file: ConfigFile, overrides: Overrides = None) -> None:
         elif missing := set(BUILT_IN_TOOLS) - set(config.tools.names):
             raise ConfigError(f"tools.names: the teacher of data.sft={MINIATURE} needs {', '.join(sorted(missing))}")
         run = _new_run(config)
-        with _running(run):
-            model = build.load_model(config)
-            with TerminalProgress() as progress:
-                trees = trees or asyncio.run(teach(chat, toolbox, progress))
-                run_sft(config, run, progress, model, chat, trees)
+        model = _load_model(config, run)
+        with _running(run), TerminalProgress() as progress:
+            trees = trees or asyncio.run(teach(chat, toolbox, progress))
+            run_sft(config, run, progress, model, chat, trees)
         typer.echo(f"run folder: {_shown(run.folder)}")
 
 
@@ -149,11 +155,10 @@ def evaluate(
         assert questions is not None
         _check_prompt(config, chat, toolbox, questions)
         run = _new_run(config)
-        with _running(run):
-            model = build.load_model(config)
-            with TerminalProgress() as progress:
-                evaluation = run_evaluation(config, run, progress, model, chat, toolbox, questions, checkpoint)
-                figures = asyncio.run(evaluation)
+        model = _load_model(config, run)
+        with _running(run), TerminalProgress() as progress:
+            evaluation = run_evaluation(config, run, progress, model, chat, toolbox, questions, checkpoint)
+            figures = asyncio.run(evaluation)
         _finish(run, {checkpoint: figures})
         typer.echo(f"written to {_shown(run.folder)}")
 
@@ -222,6 +227,7 @@ def _prepare(config: Config) -> "tuple[Chat, Toolbox]":
     from transformers.utils import logging as transformers_logging
 
     from axpo import build
+    from axpo.chat import ChatError
 
     # The loading bars and advice of these libraries are for people who call them themselves.
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -231,7 +237,11 @@ def _prepare(config: Config) -> "tuple[Chat, Toolbox]":
     gpus = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if int(index or 0) >= gpus:
         raise ConfigError(f"device: got {config.device!r}, but torch {torch.__version__} finds {gpus} such devices")
-    return build.load_chat(config), build.load_toolbox(config)
+    try:
+        chat = build.load_chat(config)
+    except ChatError as error:
+        raise ChatError(f"model {config.model}: {error}") from error
+    return chat, build.load_toolbox(config)
 
 
 def _check_prompt(config: Config, chat: "Chat", toolbox: "Toolbox", questions: "Sequence[Question]") -> None:
@@ -292,6 +302,16 @@ def _new_run(config: Config) -> "Run":
         return Run(config)
     except OSError as error:
         raise ConfigError(f"output: {config.output} cannot be written: {error.strerror}") from error
+
+
+def _load_model(config: Config, run: "Run") -> "PreTrainedModel":
+    from axpo import build
+
+    try:
+        return build.load_model(config)
+    except BaseException:
+        shutil.rmtree(run.folder)  # nothing has run: the folder would only be in the way of the next attempt
+        raise
 
 
 def _free(folder: Path) -> Path:

@@ -17,19 +17,21 @@ class Optimizer:
     ) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.adamw = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.adamw, lambda step: min(1.0, (step + 1) / (warmup_steps + 1))
-        )
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
         self.grad_clip = grad_clip
+        self.steps = 0
 
     def step(self) -> float:
         """Apply the gradients and clear them; returns their norm before clipping.
 
         A gradient that is not finite is dropped: one bad batch must not spoil the weights.
         """
+        self.steps += 1
+        for group in self.adamw.param_groups:
+            group["lr"] = self.learning_rate * min(1.0, self.steps / (self.warmup_steps + 1))
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip))
         if norm < float("inf"):
             self.adamw.step()
-        self.schedule.step()
         self.adamw.zero_grad()
         return norm

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
@@ -40,7 +41,7 @@ def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device: st
         sees = getattr(AutoConfig.from_pretrained(path), "vision_config", None) is not None
         family = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         model: PreTrainedModel = family.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise PolicyError(f"{path} is not a checkpoint that can be opened: {error}") from error
     return model.to(device).eval()  # type: ignore[arg-type, no-any-return]
 

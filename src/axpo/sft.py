@@ -10,7 +10,7 @@ from axpo.config import Config
 from axpo.optimizer import Optimizer
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
-from axpo.questions import Trajectory
+from axpo.questions import DataError, Trajectory
 from axpo.tree import Credit, Kind, RolloutTree, Segment
 
 
@@ -48,8 +48,10 @@ def sft_steps(
 ) -> Iterator[dict[str, float | int]]:
     """Train on the credited tokens of the trees; yields the figures of each step as it is done.
 
-    The loss is the mean negative log-likelihood over the tokens of a batch.
+    The loss is the mean negative log-likelihood over the tokens of a batch. Raises DataError where there are no trees.
     """
+    if not trees:
+        raise DataError("there is no trajectory to learn from")
     options = config.sft
     optimizer = Optimizer(
         model, options.learning_rate, options.warmup_steps, config.train.weight_decay, config.train.grad_clip

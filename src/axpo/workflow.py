@@ -50,10 +50,9 @@ async def run_training(
             started = time.perf_counter()
             trees, figures = await trainer.step(number)
             run.save_trees(f"step_{number + 1:05d}", trees)
-            tokens = engine.counters.decoded_tokens
-            seconds = time.perf_counter() - started
-            run.log({"stage": config.method.name, **figures, "seconds": seconds})
-            progress.step({**figures, "seconds": seconds, "tokens": tokens})
+            figures["seconds"] = time.perf_counter() - started
+            run.log({"stage": config.method.name, **figures})
+            progress.step(figures)
             done = number + 1
             if config.train.save_every and done % config.train.save_every == 0 and done < config.train.steps:
                 run.save_checkpoint(model, chat)

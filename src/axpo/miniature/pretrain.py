@@ -1,8 +1,8 @@
 """Pre-trains the miniature's base on dense tasks, from nothing.
 
-    python -m axpo.miniature.pretrain --steps 4000 --out src/axpo/miniature/base
+    python -m axpo.miniature.pretrain --steps 700 --out src/axpo/miniature/base
 
-The base learns what a foundation model brings along: to point at things in a picture, to read a digit that is
+The base learns what a foundation model brings along: to point at a place of a picture, to read a digit that is
 large enough, to copy names and numbers into code and queries, to find a fact in a text, to write a call that
 is spelled out for it. It never sees a question of the world together with the tools, nor a whole trajectory.
 Progress is kept beside the output and taken up again when the command is repeated.
@@ -40,24 +40,22 @@ from axpo.policy import banned_tokens
 from axpo.tree import Credit, Kind, RolloutTree
 
 PEAK_RATE = 2e-3
-WARM_UP = 100
+WARM_UP = 50
 COOL_DOWN = 0.3  # of the steps, at the end
 
 Exchange = tuple[str, str]  # what is asked, what is to be answered
 
 
 def look(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
-    """Say where everything in a scene is; point at one thing, in the format of Qwen's grounding; zoom when told to."""
-    scene = sample_scene(rng, 5, 9)
-    listed = "\n".join(f"{plaque.name} {json.dumps(list(plaque.box))}" for plaque in scene)
-    exchanges = [("Where is everything?", listed)]
-    one, other = rng.choice(len(scene), 2)
-    if rng.random() < 0.4:
-        box = json.dumps({"bbox_2d": list(scene[one].box), "label": scene[one].name})
-        exchanges.append((f"Where is the {scene[one].name}?", box))
-    if rng.random() < 0.2:
-        exchanges.append((f"Zoom in on the {scene[other].name}.", zoom_call(scene[other].box, scene[other].name)))
-    return [draw_scene(scene, rng)], exchanges
+    """Say what is at a place of a scene; point at it, in the format of Qwen's grounding; zoom when told to."""
+    scene = sample_scene(rng)
+    seen, pointed, zoomed = (scene[int(rng.integers(len(scene)))] for _ in range(3))
+    box = json.dumps({"bbox_2d": list(pointed.box), "label": pointed.name})
+    return [draw_scene(scene, rng)], [
+        (f"What is in {seen.place}?", seen.name),
+        (f"Where is the {pointed.name} in {pointed.place}?", box),
+        (f"Zoom in on the {zoomed.name} in {zoomed.place}.", zoom_call(zoomed.box, zoomed.name)),
+    ]
 
 
 def read(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
@@ -96,7 +94,10 @@ def find(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
     ]
 
 
-TASKS = {look: 14, read: 28, compute: 2, find: 3}  # how many of each in a step
+# How many of each task in a step: reading pictures first, then finding facts in texts.
+FIRST = {look: 8, read: 28, compute: 4, find: 8}
+LATER = {look: 8, read: 12, compute: 8, find: 16}
+LATER_FROM = 250
 
 
 def make_tree(chat: Chat, images: list[bytes], exchanges: list[Exchange], name: str) -> RolloutTree:
@@ -123,7 +124,7 @@ def world_text() -> Iterator[str]:
         yield str(problem.question.messages[0]["content"][-1]["text"])
     for document in corpus():
         yield f"{document['title']}: {document['text']}"
-    for task in TASKS:
+    for task in FIRST:
         for _ in range(60):
             for asked, answer in task(rng)[1]:
                 yield f"{asked}\n{answer}"
@@ -162,7 +163,7 @@ def train(out: Path, steps: int, seed: int = 0) -> None:
         if step % 25 == 0:
             shown = " ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
             print(f"step {step} {time.time() - started:.0f}s {shown}", flush=True)
-        if step % 250 == 0 or step == steps:
+        if step % 100 == 0 or step == steps:
             state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, progress.with_suffix(".tmp"))
             os.replace(progress.with_suffix(".tmp"), progress)
@@ -181,7 +182,7 @@ def train_step(
 ) -> dict[str, float]:
     """One step over every task; returns the mean loss a token of each."""
     losses = {}
-    for number, (task, count) in enumerate(TASKS.items()):
+    for number, (task, count) in enumerate((FIRST if step < LATER_FROM else LATER).items()):
         rng = np.random.default_rng([seed, step, number])
         trees = [make_tree(chat, *task(rng), f"{task.__name__}-{i}") for i in range(count)]
         total = 0.0
@@ -216,7 +217,7 @@ def save_base(model: PreTrainedModel, chat: Chat, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--out", type=Path, default=base.BASE)
     arguments = parser.parse_args()
     train(arguments.out, arguments.steps)

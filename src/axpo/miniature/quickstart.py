@@ -1,7 +1,6 @@
 """The quickstart: a tiny model goes from its base through a short SFT to AXPO, with real tools."""
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 from axpo import build
@@ -17,7 +16,6 @@ from axpo.tools.base import Toolbox
 from axpo.tree import RolloutTree, scored
 from axpo.workflow import Progress, run_evaluation, run_sft, run_training
 
-CONFIG = Path(__file__).with_name("quickstart.yaml")
 TEACHER_PROBLEMS = 240
 TEACHER_ROLLOUTS = 6
 TEACHER_SEED = 7  # other problems than those of the RL stage

@@ -7,6 +7,7 @@ is gone. A crop of one cell from the original shows it.
 
 import io
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -39,6 +40,11 @@ class Plaque:
     @property
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        return f"row {self.cell // GRID + 1}, column {self.cell % GRID + 1}"
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -103,12 +109,16 @@ def _draw_plaque(image: Image.Image, x: int, y: int, plaque: Plaque, rng: np.ran
     image.paste(_hatch(region, plaque.digit, rng), (x, y))
 
 
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(DIGIT_HEIGHT)
+
+
 def _hatch(region: Image.Image, digit: int, rng: np.random.Generator) -> Image.Image:
     # Light and dark lines in equal parts: shrunk to a quarter, they average out by construction.
-    font = ImageFont.load_default(DIGIT_HEIGHT)
     glyph = Image.new("L", region.size, 0)
     centre = (CELL // 2 + int(rng.integers(-3, 4)), CELL // 2 + 8 + int(rng.integers(-3, 4)))
-    ImageDraw.Draw(glyph).text(centre, str(digit), font=font, anchor="mm", fill=255, stroke_width=2)
+    ImageDraw.Draw(glyph).text(centre, str(digit), font=_font(), anchor="mm", fill=255, stroke_width=2)
     lines = np.where(np.arange(CELL) % HATCHING < HATCHING // 2, CONTRAST, -CONTRAST)
     relief = np.asarray(glyph, dtype=np.float64)[:, :, None] / 255 * lines[None, :, None]
     return Image.fromarray(np.clip(np.asarray(region) + relief, 0, 255).astype(np.uint8))

@@ -116,9 +116,8 @@ def _question(name: str, family: str, text: str, answer: str, images: tuple[byte
 def _perception(name: str, rng: np.random.Generator, held_out: bool) -> Problem:
     scene = sample_scene(rng)
     target = scene[0]
-    question = _question(
-        name, "perception", f"Which digit is on the {target.name}?", str(target.digit), (draw_scene(scene, rng),)
-    )
+    text = f"Which digit is on the {target.name} in {target.place}?"
+    question = _question(name, "perception", text, str(target.digit), (draw_scene(scene, rng),))
     return Problem(question, "perception", str(favourite_digit(target.colour)), plaque=target)
 
 
