@@ -1,16 +1,20 @@
 """Shared fixtures: the real classes at a tiny size, with random weights, made in a second."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from axpo.chat import Chat
+# The pure core is tested without torch and transformers: they are imported by the fixtures that need them.
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from axpo.chat import Chat
 
 SPECIAL = [
     "<|endoftext|>",
@@ -28,11 +32,14 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TEMPLATE = files("axpo.miniature").joinpath("chat_template.jinja").read_text()
+TEMPLATE = files("axpo").joinpath("miniature/chat_template.jinja").read_text()
 
 
 def byte_level(core: Tokenizer, tags: bool = True) -> PreTrainedTokenizerFast:
     """Wrap a byte-level BPE as Qwen does; `tags` False leaves `<tool_call>` and its like as plain text."""
+    from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
@@ -56,6 +63,8 @@ def byte_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """
 
     def make(merges: Sequence[tuple[str, str]] = (), tags: bool = True) -> PreTrainedTokenizerFast:
+        from tokenizers import Tokenizer, models
+
         vocabulary = {char: byte for byte, char in enumerate(bytes_in_order())}
         vocabulary |= {left + right: 256 + n for n, (left, right) in enumerate(merges)}
         return byte_level(Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges))), tags)
@@ -65,6 +74,8 @@ def byte_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 def bytes_in_order() -> list[str]:
     """How byte-level BPE writes the bytes 0 to 255, read off the library."""
+    from tokenizers import pre_tokenizers
+
     write = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
     written = {b: write(chr(b))[0][0] for b in range(128)}
     for code in range(128, 2048):  # two-byte characters hold every lead and continuation byte but a few
@@ -76,6 +87,8 @@ def bytes_in_order() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -88,16 +101,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def image_processor() -> Qwen2VLImageProcessorPil:
     """One token for 32×32 pixels; images between 2 and 64 tokens."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
     return Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 2 * 1024, "longest_edge": 64 * 1024})
 
 
 @pytest.fixture(scope="session")
 def chat(tokenizer: PreTrainedTokenizerFast, image_processor: Qwen2VLImageProcessorPil) -> Chat:
+    from axpo.chat import Chat
+
     return Chat(tokenizer, image_processor)
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, **text: Any) -> Qwen3VLConfig:
     """The configuration of `tiny_model`; `text` overrides entries of its text part."""
+    from transformers import Qwen3VLConfig
+
     token = tokenizer.convert_tokens_to_ids
     return Qwen3VLConfig(
         text_config={
@@ -138,6 +157,9 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, **text: Any) -> Qwen3VLConfi
 
 def random_model(config: Qwen3VLConfig, seed: int = 0) -> Qwen3VLForConditionalGeneration:
     """Weights large enough that every token, position and pixel moves the logits."""
+    import torch
+    from transformers import Qwen3VLForConditionalGeneration
+
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config).eval()
     with torch.no_grad():

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def play(chat: Chat, question: Question) -> Callable[..., tuple[RolloutTree, Scr
         script = Script(chat, texts)
         agent = Agent(script, chat, Toolbox([make_zoom(64 * 64), broken]), Sampling(max_tokens=500), Limits(**limits))
         tree = agent.new_tree(question)
-        asyncio.run(agent.group(tree, question, len(texts), (0,)))
+        asyncio.run(agent.draw((tree, question), tree.root, range(len(texts)), (0,)))
         return tree, script, agent
 
     return run
@@ -192,7 +193,7 @@ def test_resampling_continues_the_frozen_turn(play: Callable, chat: Chat, questi
     assert chat.tokenizer.decode(prefix.ids).endswith("<tool_call>")
     rest = ZOOM.removeprefix("<tool_call>").replace("500, 500", "900, 900")
     script.texts = [[], [rest, ANSWER], ["\n{broken", ANSWER]]
-    asyncio.run(agent.resample(tree, question, prefix, range(1, 3), (0, 1)))
+    asyncio.run(agent.draw((tree, question), prefix, range(1, 3), (0, 1)))
     assert [child.resampled for child in prefix.children] == [False, True, True]
     good, bad = tree.continuations(prefix)
     assert good.outcome is not None
@@ -213,7 +214,7 @@ def test_siblings_stand_in_order_of_their_keys(chat: Chat, question: Question) -
     texts = [[f"It is {i}.\n</think>\n\n<answer>{i}</answer>"] for i in range(5)]
     agent = Agent(Uneven(chat, texts), chat, Toolbox([]), Sampling(), Limits())
     tree = agent.new_tree(question)
-    asyncio.run(agent.group(tree, question, 5, (0,)))
+    asyncio.run(agent.draw((tree, question), tree.root, range(5), (0,)))
     assert [leaf.outcome.answer for leaf in tree.leaves() if leaf.outcome] == ["0", "1", "2", "3", "4"]
 
 
@@ -233,7 +234,37 @@ def test_an_undecided_answer_is_void(chat: Chat) -> None:
     question = Question("q", [{"role": "user", "content": "?"}], (), "")
     agent = Agent(Script(chat, [[ANSWER]]), chat, Toolbox([]), Sampling(), Limits())
     tree = agent.new_tree(question)
-    asyncio.run(agent.group(tree, question, 1, (0,)))
+    asyncio.run(agent.draw((tree, question), tree.root, range(1), (0,)))
     (leaf,) = tree.leaves()
     assert leaf.outcome is not None
     assert leaf.outcome.void
+
+
+def test_a_question_that_cannot_be_asked_is_left_out_and_named(
+    chat: Chat, question: Question, caplog: pytest.LogCaptureFixture
+) -> None:
+    thin = io.BytesIO()
+    PilImage.new("RGB", (2010, 10)).save(thin, "PNG")
+    odd = replace(question, id="q-odd", images=(thin.getvalue(),))
+    long = Question("q-long", [{"role": "user", "content": "word " * 300}], (), "7")
+    agent = Agent(Script(chat, []), chat, Toolbox([]), Sampling(), Limits(context=200))
+    groups = agent.new_groups([odd, question, long])
+    assert [kept.id for _, kept in groups] == ["q"]
+    assert "question q-odd" in caplog.text
+    assert "question q-long: its prompt takes" in caplog.text
+
+
+def test_one_question_may_be_asked_twice_at_once(chat: Chat, question: Question) -> None:
+    class Counting(Script):
+        def rollout(self, key: RolloutKey) -> AbstractContextManager[None]:
+            assert key not in self.open
+            self.open.add(key)
+            return nullcontext()
+
+    agent = Agent(Counting(chat, [[ANSWER, ANSWER]]), chat, Toolbox([]), Sampling(), Limits())
+
+    async def both() -> None:
+        groups = agent.new_groups([question, question])
+        await asyncio.gather(*(agent.draw(g, g[0].root, range(1), (0, i)) for i, g in enumerate(groups)))
+
+    asyncio.run(both())

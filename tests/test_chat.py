@@ -139,44 +139,50 @@ def test_ids_decode_to_what_the_template_renders(
 
 
 def test_end_of_thinking_and_answer_golden(byte_chat: Chat) -> None:
-    assert byte_chat.parse([*b"hm\n", END_THINK, *b"\n\n42", IM_END]) == Turn(4, (), (), (), "42")
-    assert byte_chat.parse([*b"hm", END_THINK, *b"4", END_THINK, *b"2"]) == Turn(3, (), (), (), "4</think>2")
+    assert byte_chat.parse([*b"hm\n", END_THINK, *b"\n\n42", IM_END]) == Turn(4, (), (), "42")
+    assert byte_chat.parse([*b"hm", END_THINK, *b"4", END_THINK, *b"2"]) == Turn(3, (), (), "4</think>2")
 
 
 def test_thinking_that_never_ends(byte_chat: Chat) -> None:
-    assert byte_chat.parse([*b"hm ", CALL, *b"{}", END_CALL, IM_END]) == Turn(None, (), (), (), "")
+    assert byte_chat.parse([*b"hm ", CALL, *b"{}", END_CALL, IM_END]) == Turn(None, (), (), "")
 
 
 def test_call_golden(byte_chat: Chat) -> None:
     ids = [*b"hm\n", END_THINK, *b"\n\nso\n", CALL, *b'\n{"a": 1}\n', END_CALL, IM_END]
     turn = byte_chat.parse(ids)
-    assert turn == Turn(4, (CallSpan(9, 10, 21),), ('{"a": 1}',), (True,), "so")
+    assert turn == Turn(4, (CallSpan(9, 10, 21),), ('{"a": 1}',), "so")
     assert ids[9] == CALL
     assert ids[20] == END_CALL
 
 
 def test_literal_call_in_thinking_is_no_call(byte_chat: Chat) -> None:
     ids = [*b"say ", CALL, *b"x", END_CALL, END_THINK, *b"no", IM_END]
-    assert byte_chat.parse(ids) == Turn(8, (), (), (), "no")
+    assert byte_chat.parse(ids) == Turn(8, (), (), "no")
 
 
 def test_call_that_never_closes_ends_with_the_turn(byte_chat: Chat) -> None:
     ids = [END_THINK, CALL, *b"{oops", IM_END]
-    assert byte_chat.parse(ids) == Turn(1, (CallSpan(1, 2, 7),), ("{oops",), (False,), "")
+    assert byte_chat.parse(ids) == Turn(1, (CallSpan(1, 2, 7),), ("{oops",), "")
     assert byte_chat.parse(ids[:-1]) == byte_chat.parse(ids)
-    assert byte_chat.parse([END_THINK, CALL]) == Turn(1, (CallSpan(1, 2, 2),), ("",), (False,), "")
+    assert byte_chat.parse([END_THINK, CALL]) == Turn(1, (CallSpan(1, 2, 2),), ("",), "")
+
+
+def test_a_call_in_thinking_that_is_opened_again_is_none(byte_chat: Chat) -> None:
+    ids = [*b"a", END_THINK, *b"b", THINK, CALL, *b"1", END_CALL, END_THINK, *b"c", CALL, *b"2", END_CALL]
+    assert byte_chat.parse(ids) == Turn(2, (CallSpan(9, 10, 12),), ("2",), "bc")
+    assert byte_chat.parse(ids[:7]) == Turn(2, (), (), "b")
 
 
 def test_two_calls_in_one_turn(byte_chat: Chat) -> None:
     ids = [END_THINK, *b"a", CALL, *b"1", END_CALL, *b"b", CALL, *b"2", END_CALL, *b"c", IM_END]
-    expected = Turn(1, (CallSpan(2, 3, 5), CallSpan(6, 7, 9)), ("1", "2"), (True, True), "abc")
+    expected = Turn(1, (CallSpan(2, 3, 5), CallSpan(6, 7, 9)), ("1", "2"), "abc")
     assert byte_chat.parse(ids) == expected
 
 
 def test_tags_of_several_plain_tokens(byte_tokenizer: Callable[..., Any]) -> None:
     chat = Chat(byte_tokenizer([], tags=False))
     turn = chat.parse([*b"h</think>", *b"<tool_call>", *b"1", *b"</tool_call>", 258])
-    assert turn == Turn(9, (CallSpan(9, 20, 33),), ("1",), (True,), "")
+    assert turn == Turn(9, (CallSpan(9, 20, 33),), ("1",), "")
 
 
 def test_tokens_that_merge_a_tag_with_text(byte_tokenizer: Callable[..., Any]) -> None:
@@ -191,11 +197,11 @@ def test_tokens_that_merge_a_tag_with_text(byte_tokenizer: Callable[..., Any]) -
         *[*b'{"a":1}\n</tool_call', newline, im_end],
     ]
     turn = chat.parse(ids)
-    assert turn == Turn(9, (CallSpan(10, None, 41),), ('{"a":1}',), (True,), "")
+    assert turn == Turn(9, (CallSpan(10, None, 41),), ('{"a":1}',), "")
     assert ids[40] == newline
 
     ids = [*b"h</think>", before, *b"tool_call", brace, *b"}", *b"</tool_call>"]
-    assert chat.parse(ids) == Turn(9, (CallSpan(9, None, 33),), ("{}",), (True,), "x")
+    assert chat.parse(ids) == Turn(9, (CallSpan(9, None, 33),), ("{}",), "x")
 
 
 def test_characters_split_over_tokens(byte_chat: Chat) -> None:
@@ -217,9 +223,9 @@ def test_model_without_forced_thinking(byte_tokenizer: Callable[..., Any]) -> No
     )
     chat = Chat(tokenizer)
     assert not chat.opens_thinking
-    assert chat.parse([*b"hi", CALL, *b"1", END_CALL]) == Turn(0, (CallSpan(2, 3, 5),), ("1",), (True,), "hi")
-    assert chat.parse([THINK, CALL, END_THINK, *b"x"]) == Turn(3, (), (), (), "x")
-    assert chat.parse([THINK, CALL]) == Turn(None, (), (), (), "")
+    assert chat.parse([*b"hi", CALL, *b"1", END_CALL]) == Turn(0, (CallSpan(2, 3, 5),), ("1",), "hi")
+    assert chat.parse([THINK, CALL, END_THINK, *b"x"]) == Turn(3, (), (), "x")
+    assert chat.parse([THINK, CALL]) == Turn(None, (), (), "")
 
 
 def test_turn_refuses_what_a_policy_must_not_write(byte_chat: Chat) -> None:

@@ -187,10 +187,10 @@ def test_keys_that_do_not_go_together(overrides: list[str], expected: str) -> No
     assert problem(None, *overrides).startswith(expected)
 
 
-def test_search_has_a_corpus_in_the_miniature() -> None:
-    load_config(None, ["tools.names=[search]"])
-    load_config(None, ["tools.names=[search]", "model=mine", "data.train=miniature"])
+def test_search_may_have_the_miniatures_corpus() -> None:
     load_config(None, ["tools.names=[search]", "model=mine", "tools.corpus=miniature"])
+    with pytest.raises(ConfigError, match=r"tools\.corpus"):
+        load_config(None, ["tools.names=[search]", "data.train=miniature"])
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:

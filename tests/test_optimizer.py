@@ -34,3 +34,17 @@ def test_the_gradient_is_clipped_and_its_norm_returned(make_model: Callable) -> 
     moment = optimizer.adamw.state[parameter]["exp_avg"].view(-1)[:2]  # (1 − β₁)·gradient, after clipping to length 1
     torch.testing.assert_close(moment, torch.tensor([0.06, 0.08]))
     assert parameter.grad is None
+
+
+def test_steps_too_small_for_bfloat16_add_up(make_model: Callable) -> None:
+    model = make_model().to(torch.bfloat16)
+    optimizer = Optimizer(model, 1e-4)
+    parameter = optimizer.parameters[0]
+    with torch.no_grad():
+        parameter.fill_(1.0)  # where neighbours are 0.004 apart
+    optimizer.copies[parameter].fill_(1.0)
+    for _ in range(100):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert parameter.dtype == torch.bfloat16
+    torch.testing.assert_close(parameter.float().mean().item(), 0.99, atol=2e-3, rtol=0)

@@ -155,6 +155,17 @@ def test_a_large_tree_is_packed_alone(chat: Chat) -> None:
     assert [pack.ids.shape[0] for pack in packs] == [1, 1, 1]
 
 
+def test_no_batch_passes_the_limit_but_for_a_tree_that_does_alone(chat: Chat) -> None:
+    rng = np.random.default_rng(0)
+    trees = []
+    for size in (97, 47, 47, 20):
+        tree = RolloutTree(str(size), words(rng, 3))
+        policy(tree, tree.root, rng, size).credit = Credit(1.0, size)
+        trees.append(tree)
+    shapes = [tuple(pack.ids.shape) for pack in pack_trees(trees, chat, token_limit=60)]
+    assert shapes == [(1, 100), (1, 50), (1, 50), (1, 23)]
+
+
 def test_nothing_credited_gives_no_packs(chat: Chat) -> None:
     assert pack_trees([forked_tree(chat, 0)], chat, 1000) == []
 

@@ -103,10 +103,10 @@ def test_sampling_logprobs_equal_a_fresh_forward_over_the_packed_tree(make_train
     trainer, model, chat = make_trainer()
 
     async def roll() -> list[RolloutTree]:
-        batch = trainer.batch(0)
-        trees = await trainer.roll_out(batch, 0)
-        await trainer.resample(trees, batch, 0)
-        return trees
+        groups = trainer.agent.new_groups(trainer.batch(0))
+        await trainer.roll_out(groups, 0)
+        await trainer.resample(groups, 0)
+        return [tree for tree, _ in groups]
 
     trees = asyncio.run(roll())
     segments = [s for tree in trees for s in tree.segments()]
@@ -196,7 +196,7 @@ def test_truncated_sampling_recomputes_the_old_logprobs(make_trainer: Maker) -> 
     trainer, *_ = make_trainer("rollout.top_k=2", "method.kl=0")
     trees, _ = asyncio.run(trainer.step(0))
     (pack, *_) = pack_trees(trees, trainer.agent.chat, 100_000)
-    old, reference = trainer.before(pack)
+    old, reference = trainer.fixed_logprobs(pack)
     assert reference is None
     assert not torch.allclose(old, pack.old_logprobs.float(), atol=1e-3)
     torch.testing.assert_close(old, trainer.logprobs(pack).detach())

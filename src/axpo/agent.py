@@ -4,6 +4,7 @@ Tokens are only ever appended. A limit never cuts inside a turn: an observation 
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,11 @@ from axpo.engines.base import Engine, Finish, Request, RolloutKey, Sampling
 from axpo.questions import Question
 from axpo.rewards.verify import Verdict, verify
 from axpo.tools.base import Conversation, SystemFault, Toolbox
-from axpo.tree import CallSpan, Kind, Outcome, RolloutTree, Segment, StopReason
+from axpo.tree import Kind, Outcome, RolloutTree, Segment, StopReason
+
+logger = logging.getLogger(__name__)
+
+Group = tuple[RolloutTree, Question]
 
 
 @dataclass(frozen=True)
@@ -44,26 +49,37 @@ class Agent:
     score: Callable[[str, Question], Verdict] = by_rules
 
     def new_tree(self, question: Question) -> RolloutTree:
-        """A tree that holds the question's prompt. Raises ChatError, naming the question, where it has none."""
+        """A tree that holds the question's prompt.
+
+        Raises ChatError, naming the question, where it cannot be rendered or passes the limits by itself.
+        """
         try:
             ids, images = self.chat.prompt(question.messages, question.images, self.toolbox.schemas)
         except ChatError as error:
             raise ChatError(f"question {question.id}: {error}") from error
+        if len(ids) >= self.limits.context or len(images) > self.limits.images:
+            limits = f"{self.limits.context} tokens and {self.limits.images} images"
+            raise ChatError(
+                f"question {question.id}: its prompt takes {len(ids)} tokens and {len(images)} images of {limits}"
+            )
         return RolloutTree(question.id, ids, images)
 
-    async def group(self, tree: RolloutTree, question: Question, count: int, seed: Sequence[int]) -> None:
-        """Draw `count` rollouts from the prompt, all at once."""
-        await self._many(tree, question, tree.root, range(count), seed)
+    def new_groups(self, questions: Sequence[Question]) -> list[Group]:
+        """A tree for each question. One that cannot be asked is left out with a warning that names it."""
+        groups = []
+        for question in questions:
+            try:
+                groups.append((self.new_tree(question), question))
+            except ChatError as error:
+                logger.warning("%s; it is left out", error)
+        return groups
 
-    async def resample(
-        self, tree: RolloutTree, question: Question, prefix: Segment, keys: range, seed: Sequence[int]
-    ) -> None:
-        """Draw one continuation of a forked prefix for each key, all at once."""
-        await self._many(tree, question, prefix, keys, seed)
+    async def draw(self, group: Group, start: Segment, keys: range, seed: Sequence[int]) -> None:
+        """Draw a rollout from `start` (the root, or a forked prefix) for each key, all at once.
 
-    async def _many(
-        self, tree: RolloutTree, question: Question, start: Segment, keys: range, seed: Sequence[int]
-    ) -> None:
+        A key is unique in its tree. `seed` ends with the group's place among those drawn together.
+        """
+        tree, question = group
         ends = await asyncio.gather(*(self._rollout(tree, question, start, key, seed) for key in keys))
         # Siblings in order of their keys, not of their arrival, so that a run can be repeated.
         arrived = [child for child in start.children if child not in [first for first, _ in ends]]
@@ -75,7 +91,7 @@ class Agent:
         """One rollout from `start` to its outcome; returns its first segment and its leaf."""
         path = start.path()
         shown = [image.data for segment in path for image in segment.images]
-        key = RolloutKey(tree.question_id, index)
+        key = RolloutKey(tree.question_id, index, seed[-1])
         segment, text = start, ""
         first: Segment | None = None
         outcome: Outcome | None = None
@@ -102,10 +118,10 @@ class Agent:
         images = [image for segment in path for image in segment.images]
         head = _open_turn(path)  # what a frozen prefix holds of this turn
         room = min(self.sampling.max_tokens - len(head), self.limits.context - len(context))
-        sampling = replace(self.sampling, max_tokens=max(1, room))
+        sampling = replace(self.sampling, max_tokens=room)
         generation = await self.engine.generate(Request(context, images, sampling, seed, key))
         turn = self.chat.parse(head + generation.ids)
-        spans = [_shifted(span, len(head)) for span in turn.calls if span.start >= len(head)]
+        spans = [span.shifted(-len(head)) for span in turn.calls if span.start >= len(head)]
         resampled = parent.kind is Kind.POLICY
         segment = tree.append(
             parent, Kind.POLICY, generation.ids, generation.logprobs, calls=spans, resampled=resampled
@@ -163,10 +179,6 @@ def _open_turn(path: Sequence[Segment]) -> list[int]:
             break
         ids = [int(i) for i in segment.ids] + ids
     return ids
-
-
-def _shifted(span: CallSpan, by: int) -> CallSpan:
-    return CallSpan(span.start - by, None if span.opened is None else span.opened - by, span.end - by)
 
 
 def _seed(*path: int) -> int:

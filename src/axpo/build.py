@@ -32,12 +32,12 @@ class Data:
 
 def load_data(config: Config) -> Data:
     """Read the questions. Raises DataError, and ConfigError for an evaluation of more questions than there are."""
-    held_out = _questions(config.data.eval, held_out=True)
+    held_out = _questions(config.data.eval, True, config.seed)
     if held_out is not None and config.eval.questions > len(held_out):
         raise ConfigError(f"eval.questions: got {config.eval.questions}, but data.eval holds {len(held_out)}")
     if held_out is not None and config.eval.questions:
         held_out = held_out[: config.eval.questions]
-    return Data(_questions(config.data.train, held_out=False), held_out)
+    return Data(_questions(config.data.train, False, config.seed), held_out)
 
 
 def load_sft_data(config: Config) -> list[Trajectory]:
@@ -47,13 +47,14 @@ def load_sft_data(config: Config) -> list[Trajectory]:
     return load_trajectories(config.data.sft)
 
 
-def _questions(source: Source, held_out: bool) -> list[Question] | None:
+def _questions(source: Source, held_out: bool, seed: int) -> list[Question] | None:
     if source is None:
         return None
     if isinstance(source, Path):
         return load_questions(source)
-    count = MINIATURE_HELD_OUT if held_out else MINIATURE_QUESTIONS
-    return [problem.question for problem in sample_problems(count, seed=int(held_out), held_out=held_out)]
+    if held_out:  # the same ones whatever the seed, so that runs can be compared
+        return [problem.question for problem in sample_problems(MINIATURE_HELD_OUT, 0, "held_out")]
+    return [problem.question for problem in sample_problems(MINIATURE_QUESTIONS, seed)]
 
 
 def model_path(config: Config) -> str | Path:

@@ -48,14 +48,13 @@ class Turn:
     """What one turn of the policy holds, in token indices of that turn.
 
     `thinking_end` is the index just past `</think>`: 0 for a turn without thinking, None where thinking never
-    ends. `call_texts` are what stands between the tags, stripped; `closed` tells which calls have a closing tag.
+    ends. `call_texts` are what stands between the tags, stripped.
     `answer` is the text after the thinking without the calls, stripped.
     """
 
     thinking_end: int | None
     calls: tuple[CallSpan, ...]
     call_texts: tuple[str, ...]
-    closed: tuple[bool, ...]
     answer: str
 
 
@@ -95,11 +94,13 @@ class Chat:
         if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
             raise ChatError(f"{path} is not a checkpoint: it holds no config.json")
         try:
-            vision = getattr(AutoConfig.from_pretrained(path), "vision_config", None) is not None
+            config = AutoConfig.from_pretrained(path)
+            vision = getattr(config, "vision_config", None) is not None
             tokenizer = AutoTokenizer.from_pretrained(path)
             processor = AutoImageProcessor.from_pretrained(path) if vision else None  # type: ignore[no-untyped-call]
         except (OSError, ValueError, KeyError) as error:
             raise ChatError(f"{path} is not a checkpoint that can be opened: {error}") from error
+        _check_architecture(path, config, vision)
         if processor is not None and max_pixels is not None:
             least = (processor.patch_size * processor.merge_size) ** 2
             if max_pixels < least:
@@ -270,7 +271,8 @@ class Chat:
         """Find the thinking, the tool calls and the answer in the ids of one policy turn.
 
         Tags are found in the bytes of the tokens, so a tag may be one token or several. A call counts only
-        after the thinking; it ends past its closing tag, or where the turn does (before `<|im_end|>`).
+        after the thinking, and outside any that is opened again; it ends past its closing tag, or where the turn
+        does (before `<|im_end|>`).
         """
         ids = list(ids)
         body = ids[: ids.index(self.stop_id)] if self.stop_id in ids else ids
@@ -281,11 +283,17 @@ class Chat:
         if self.opens_thinking or text.lstrip().startswith(THINK.encode()):
             found = text.find(END_THINK.encode())
             if found < 0:
-                return Turn(None, (), (), (), "")
+                return Turn(None, (), (), "")
             begin = found + len(END_THINK)
-        calls, texts, closed, outside = [], [], [], []
+        calls, texts, outside = [], [], []
         position = begin
         while (opening := text.find(CALL.encode(), position)) >= 0:
+            again = text.find(THINK.encode(), position, opening)
+            if again >= 0:
+                outside.append(text[position:again])
+                ended = text.find(END_THINK.encode(), again)
+                position = len(text) if ended < 0 else ended + len(END_THINK)
+                continue
             inside = opening + len(CALL)
             closing = text.find(END_CALL.encode(), inside)
             end = len(text) if closing < 0 else closing + len(END_CALL)
@@ -298,11 +306,10 @@ class Chat:
                 )
             )
             texts.append(_text(text[inside : len(text) if closing < 0 else closing]))
-            closed.append(closing >= 0)
             outside.append(text[position:opening])
             position = end
         answer = _text(b"".join([*outside, text[position:]]))
-        return Turn(bisect_left(starts, begin), tuple(calls), tuple(texts), tuple(closed), answer)
+        return Turn(bisect_left(starts, begin), tuple(calls), tuple(texts), answer)
 
     # Checks before anything is loaded
 
@@ -350,11 +357,17 @@ def _alternatives(tokens: Iterable[str]) -> "re.Pattern[str] | None":
     return re.compile("|".join(map(re.escape, words))) if words else None
 
 
+def _check_architecture(path: str | Path, config: Any, vision: bool) -> None:
+    if vision and not config.model_type.startswith("qwen3_vl"):
+        raise ChatError(f"{path} is a vision-language model of type {config.model_type}; supported is Qwen3-VL")
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if layers != {"full_attention"}:
+        raise ChatError(f"{path} has layers of {', '.join(sorted(layers))}; supported is full_attention alone")
+
+
 def _broken(text: str, control: "re.Pattern[str] | None") -> str:
     """Put a space behind the first character of each control token: it reads the same, but stays text."""
-    while control is not None and control.search(text):
-        text = control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-    return text
+    return text if control is None else control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
 def _text(raw: bytes) -> str:

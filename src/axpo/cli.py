@@ -69,12 +69,15 @@ def quickstart(overrides: Overrides = None) -> None:
         for key in ("train", "eval"):
             _require(getattr(config.data, key), f"data.{key}")
         typer.echo(f"run folder: {config.output}\npreparing questions, tools and the model …")
+        from axpo import build
         from axpo.miniature.quickstart import quickstart as run_quickstart
 
-        _prepare(config)
+        chat, toolbox = _prepare(config)
+        data = build.load_data(config)
         run = _new_run(config)
+        model = _load_model(config, run)
         with _running(run), TerminalProgress() as progress:
-            summary = run_quickstart(config, run, progress)
+            summary = run_quickstart(config, run, progress, model, chat, toolbox, data)
         _show(summary)
         folder = _shown(run.folder)
         typer.echo(
@@ -129,7 +132,7 @@ def sft(config_file: ConfigFile, overrides: Overrides = None) -> None:
         run = _new_run(config)
         model = _load_model(config, run)
         with _running(run), TerminalProgress() as progress:
-            trees = trees or asyncio.run(teach(chat, toolbox, progress))
+            trees = trees or asyncio.run(teach(chat, toolbox, progress, config.seed))
             run_sft(config, run, progress, model, chat, trees)
         typer.echo(f"run folder: {_shown(run.folder)}")
 
@@ -157,7 +160,8 @@ def evaluate(
         run = _new_run(config)
         model = _load_model(config, run)
         with _running(run), TerminalProgress() as progress:
-            evaluation = run_evaluation(config, run, progress, model, chat, toolbox, questions, checkpoint)
+            engine = build.make_engine(config, model, chat)
+            evaluation = run_evaluation(config, run, progress, engine, chat, toolbox, questions, checkpoint)
             figures = asyncio.run(evaluation)
         _finish(run, {checkpoint: figures})
         typer.echo(f"written to {_shown(run.folder)}")

@@ -164,7 +164,7 @@ class SftConfig(_Section):
     steps: Integer = Field(default=1000, ge=0)
     """Optimizer steps. Default: 1000."""
     batch: Integer = Field(default=64, ge=1)
-    """Trajectories a step. Default: 64."""
+    """Questions a step, with all their trajectories (those of a file are one each). Default: 64."""
     learning_rate: Real = Field(default=1e-5, gt=0)
     """AdamW's learning rate after the warm-up. Default: 1e-5 (usual for full fine-tuning)."""
     warmup_steps: Integer = Field(default=50, ge=0)
@@ -189,14 +189,12 @@ class EvalConfig(_Section):
 
 
 class EngineConfig(_Section):
-    """Where rollouts are generated."""
+    """The embedded engine, which generates with the trained model itself."""
 
-    name: Literal["local"] = "local"
-    """The engine. Default: local, the trained model itself."""
     max_batch: Integer = Field(default=64, ge=1)
     """Rollouts that generate at the same time. Default: 64."""
     overlap: Integer = Field(default=16, ge=0)
-    """Decoding steps that go on while a tool runs, before its rollout is waited for. Default: 16."""
+    """Decoding steps that go on while a tool runs; then all wait for it, so that a seed repeats a run. Default: 16."""
 
 
 class Config(_Section):
@@ -275,11 +273,10 @@ def _other_problems(config: Config) -> list[str]:
             f"rollout.max_tokens: got {config.rollout.max_tokens}, "
             f"must be at most rollout.max_context = {config.rollout.max_context}"
         )
-    miniature = MINIATURE in (config.model, config.data.train, config.data.eval, config.data.sft)
-    if "search" in config.tools.names and config.tools.corpus is None and not miniature:
+    if "search" in config.tools.names and config.tools.corpus is None:
         problems.append(
             "tools.corpus: got nothing, but tools.names has 'search', "
-            "which needs a .jsonl or .parquet file of documents"
+            "which needs a .jsonl or .parquet file of documents, or 'miniature'"
         )
     for folder in (config.output, *config.output.parents):
         if folder.is_file():

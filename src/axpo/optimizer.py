@@ -16,7 +16,10 @@ class Optimizer:
         grad_clip: float = 1.0,
     ) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.adamw = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay)
+        # A usual step is smaller than bfloat16 can add to a weight: it is added to a float32 copy.
+        self.copies = {p: p.detach().float() for p in self.parameters if p.dtype != torch.float32}
+        stepped = [self.copies.get(p, p) for p in self.parameters]
+        self.adamw = torch.optim.AdamW(stepped, lr=learning_rate, weight_decay=weight_decay)
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.grad_clip = grad_clip
@@ -32,6 +35,11 @@ class Optimizer:
             group["lr"] = self.learning_rate * min(1.0, self.steps / (self.warmup_steps + 1))
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip))
         if norm < float("inf"):
+            for parameter, copy in self.copies.items():
+                copy.grad = None if parameter.grad is None else parameter.grad.float()
             self.adamw.step()
-        self.adamw.zero_grad()
+            for parameter, copy in self.copies.items():
+                parameter.data.copy_(copy)
+        for parameter in self.parameters:
+            parameter.grad = None
         return norm

@@ -66,16 +66,25 @@ def pack_trees(trees: Sequence[RolloutTree], chat: Chat, token_limit: int) -> li
     """
     flat = [_flatten(tree, chat) for tree in trees if any(s.credit for s in tree.segments())]
     rows: list[list[_Flat]] = []
-    width = max((len(f.ids) for f in flat), default=0)
+    width = min(token_limit, max((len(f.ids) for f in flat), default=0))
     for item in sorted(flat, key=lambda f: -len(f.ids)):
-        fitting = (row for row in rows if sum(len(f.ids) for f in row) + len(item.ids) <= width)
+        fitting = (row for row in rows if _width(row) + len(item.ids) <= width)
         row = next(fitting, None)
         if row is None:
             rows.append([item])
         else:
             row.append(item)
-    per_batch = max(1, token_limit // width) if width else 1
-    return [_pack(rows[start : start + per_batch]) for start in range(0, len(rows), per_batch)]
+    batches: list[list[list[_Flat]]] = []
+    for row in sorted(rows, key=_width, reverse=True):  # so the first row of a batch is its widest
+        if batches and (len(batches[-1]) + 1) * _width(batches[-1][0]) <= token_limit:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [_pack(batch) for batch in batches]
+
+
+def _width(row: Sequence[_Flat]) -> int:
+    return sum(len(flat.ids) for flat in row)
 
 
 def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
@@ -122,7 +131,7 @@ def _needed(segment: Segment) -> bool:
 
 
 def _pack(rows: Sequence[Sequence[_Flat]]) -> Pack:
-    width = max(sum(len(f.ids) for f in row) for row in rows)
+    width = max(map(_width, rows))
     ids = np.zeros((len(rows), width), np.int64)
     positions = np.zeros((3, len(rows), width), np.int64)
     until = np.tile(np.arange(1, width + 1), (len(rows), 1))  # padding is seen by nothing but itself

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from axpo.agent import Agent
+from axpo.agent import Agent, Group
 from axpo.config import Config
 from axpo.diagnostics.gap import measure
 from axpo.fork import allocate, open_prefix, prefix_budget
@@ -49,9 +49,10 @@ class Trainer:
     async def step(self, number: int) -> tuple[list[RolloutTree], Figures]:
         """One training step (AXPO.md, section 3); `number` counts from 0. Returns its trees and its figures."""
         started = time.perf_counter()
-        questions = self.batch(number)
-        trees = await self.roll_out(questions, number)
-        await self.resample(trees, questions, number)
+        groups = self.agent.new_groups(self.batch(number))
+        trees = [tree for tree, _ in groups]
+        await self.roll_out(groups, number)
+        await self.resample(groups, number)
         rolled_out = time.perf_counter()
         for tree in trees:
             self.method.credit(tree, self.config.method.deviation)
@@ -70,42 +71,41 @@ class Trainer:
         }
         return [self.questions[orders[p // total][p % total]] for p in places]
 
-    async def roll_out(self, questions: Sequence[Question], number: int) -> list[RolloutTree]:
+    async def roll_out(self, groups: Sequence[Group], number: int) -> None:
         """N rollouts of every question."""
-        trees = [self.agent.new_tree(question) for question in questions]
-        count, seed = self.config.rollout.rollouts, (TRAINING, self.config.seed, number)
-        await asyncio.gather(*(self.agent.group(t, questions[i], count, (*seed, i)) for i, t in enumerate(trees)))
-        return trees
+        keys, seed = range(self.config.rollout.rollouts), (TRAINING, self.config.seed, number)
+        await asyncio.gather(*(self.agent.draw(g, g[0].root, keys, (*seed, i)) for i, g in enumerate(groups)))
 
-    async def resample(self, trees: Sequence[RolloutTree], questions: Sequence[Question], number: int) -> None:
+    async def resample(self, groups: Sequence[Group], number: int) -> None:
         """Fork the failed calls that the budget allows, and draw K continuations of each."""
         if self.method.candidates is None:
             return
         options, count = self.config.method, self.config.rollout.rollouts
-        budget = prefix_budget(options.budget, len(trees), count, options.continuations)
-        picks = allocate([self.method.candidates(tree) for tree in trees], budget)
+        budget = prefix_budget(options.budget, len(groups), count, options.continuations)
+        picks = allocate([self.method.candidates(tree) for tree, _ in groups], budget)
         work = []
         for rank, (index, candidate) in enumerate(picks):
-            prefix = open_prefix(trees[index], candidate)
+            prefix = open_prefix(groups[index][0], candidate)
             first = count + rank * options.continuations
             keys = range(first, first + options.continuations)
             seed = (TRAINING, self.config.seed, number, index)
-            work.append(self.agent.resample(trees[index], questions[index], prefix, keys, seed))
+            work.append(self.agent.draw(groups[index], prefix, keys, seed))
         await asyncio.gather(*work)
 
     def update(self, trees: Sequence[RolloutTree]) -> Figures:
         """One optimizer step for each minibatch of questions (eq. 5)."""
-        size = len(trees) // self.config.train.minibatches
-        parts = [trees[start : start + size] for start in range(0, len(trees), size)]
+        size = -(-len(trees) // self.config.train.minibatches)
+        parts = [trees[start : start + size] for start in range(0, len(trees), max(1, size))]
         packs = [pack_trees(part, self.agent.chat, self.config.train.pack_tokens) for part in parts]
-        fixed = [[self.before(pack) for pack in part] for part in packs]  # before any weight moves
+        fixed = [[self.fixed_logprobs(pack) for pack in part] for part in packs]  # before any weight moves
         losses, norms, divergences = [], [], []
-        for part, known in zip(packs, fixed, strict=True):
+        for questions, part, known in zip(parts, packs, fixed, strict=True):
             if not part:
                 continue
+            rollouts = len(questions) * self.config.rollout.rollouts
             total = sum(len(pack.targets) for pack in part)
             for pack, (old, reference) in zip(part, known, strict=True):
-                loss, divergence = self.loss(pack, old, reference, size * self.config.rollout.rollouts, total)
+                loss, divergence = self.loss(pack, old, reference, rollouts, total)
                 loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.item())
                 divergences.append((divergence, len(pack.targets)))
@@ -119,7 +119,7 @@ class Trainer:
             "packed_tokens": sum(pack.tokens for part in packs for pack in part),
         }
 
-    def before(self, pack: Pack) -> tuple[Tensor, Tensor | None]:
+    def fixed_logprobs(self, pack: Pack) -> tuple[Tensor, Tensor | None]:
         """The log-probs (n,) that stay fixed in this step: of the sampling policy, and of the reference.
 
         Truncated sampling (top-p, top-k) renormalises its log-probs, so then those of the policy are computed anew.

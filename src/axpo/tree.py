@@ -64,6 +64,10 @@ class CallSpan:
     opened: int | None
     end: int
 
+    def shifted(self, by: int) -> "CallSpan":
+        """The same call in a run of tokens that begins `by` tokens earlier."""
+        return CallSpan(self.start + by, None if self.opened is None else self.opened + by, self.end + by)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -205,7 +209,7 @@ class RolloutTree:
             Kind.POLICY,
             segment.ids[token_index:],
             segment.logprobs[token_index:],
-            calls=tuple(_shift(call, token_index) for call in segment.calls if call.start >= token_index),
+            calls=tuple(call.shifted(-token_index) for call in segment.calls if call.start >= token_index),
             outcome=segment.outcome,
             credit=segment.credit,
             parent=segment,
@@ -259,10 +263,6 @@ def scored(leaves: Iterable[Segment]) -> list[tuple[Segment, float]]:
         if leaf.outcome.reward is not None:
             pairs.append((leaf, leaf.outcome.reward))
     return pairs
-
-
-def _shift(call: CallSpan, by: int) -> CallSpan:
-    return CallSpan(call.start - by, None if call.opened is None else call.opened - by, call.end - by)
 
 
 def _cut(call: CallSpan, length: int) -> CallSpan:

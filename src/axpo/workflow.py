@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from axpo import build
 from axpo.chat import Chat
 from axpo.config import Config
+from axpo.engines.base import Engine
 from axpo.evaluation.runner import evaluate, summarise
 from axpo.questions import Question
 from axpo.run import Run
@@ -57,12 +58,12 @@ async def run_training(
             if config.train.save_every and done % config.train.save_every == 0 and done < config.train.steps:
                 run.save_checkpoint(model, chat)
             if config.eval.every and done % config.eval.every == 0 and done < config.train.steps and data.eval:
-                summary = await run_evaluation(config, run, progress, model, chat, toolbox, data.eval, f"step_{done}")
+                summary = await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval, f"step_{done}")
                 progress.stage(config.method.name, config.train.steps - done)
     finally:
         run.save_checkpoint(model, chat)
     if data.eval:
-        summary = await run_evaluation(config, run, progress, model, chat, toolbox, data.eval, config.method.name)
+        summary = await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval, config.method.name)
     return summary
 
 
@@ -70,21 +71,20 @@ async def run_evaluation(
     config: Config,
     run: Run,
     progress: Progress,
-    model: PreTrainedModel,
+    engine: Engine,
     chat: Chat,
     toolbox: Toolbox,
     questions: Sequence[Question],
     name: str,
 ) -> dict[str, Any]:
-    """Evaluate the model as it is; logs and returns the figures, and writes the trees."""
-    engine = build.make_engine(config, model, chat)
+    """Evaluate the engine's model as it is; logs and returns the figures, and writes the trees."""
     agent = build.evaluation_agent(config, engine, chat, toolbox)
     progress.stage(f"evaluation of {name}", len(questions))
     samples = config.eval.samples
     started = time.perf_counter()
-    trees = await evaluate(agent, questions, samples, config.seed, lambda: progress.step({}))
-    summary = summarise(trees, questions, samples)
-    run.save_trees(f"eval_{name}", trees)
+    groups = await evaluate(agent, questions, samples, config.seed, lambda: progress.step({}))
+    summary = summarise(groups, samples)
+    run.save_trees(f"eval_{name}", [tree for tree, _ in groups])
     run.log({"stage": "eval", "of": name, **summary, "seconds": time.perf_counter() - started})
     return summary
 

@@ -39,7 +39,7 @@ def test_golden_summary():
     ]
     families = ["a", "a", "b", "b", "b"]
     questions = [question(f"q{i}", family) for i, family in enumerate(families)]
-    assert summarise(trees, questions, 4) == {
+    assert summarise(list(zip(trees, questions, strict=True)), 4) == {
         "questions": 5,
         "samples": 4,
         "pass1": pytest.approx((1 / 4 + 1 / 2 + 0 + 1 / 3) / 4),
@@ -55,13 +55,13 @@ def test_golden_summary():
 
 
 def test_questions_without_a_family_count_but_are_not_listed():
-    summary = summarise([tree([1.0]), tree([0.0])], [question("p"), question("q", "a")], 1)
+    summary = summarise([(tree([1.0]), question("p")), (tree([0.0]), question("q", "a"))], 1)
     assert summary["pass1"] == 0.5
     assert summary["families"] == {"a": 0.0}
 
 
 def test_of_nothing_decided_every_share_is_none():
-    summary = summarise([tree([None, None])], [question("q", "a")], 2)
+    summary = summarise([(tree([None, None]), question("q", "a"))], 2)
     assert [summary[key] for key in ("pass1", "pass2", "tool_use")] == [None, None, None]
     assert summary["families"] == {}
 
@@ -78,7 +78,7 @@ def run(chat: Chat, tiny_model: Qwen3VLForConditionalGeneration) -> Callable[...
         agent = Agent(
             LocalEngine(tiny_model, chat), chat, Toolbox([]), Sampling(temperature, max_tokens=4), Limits(context=400)
         )
-        return asyncio.run(evaluate(agent, [question(name) for name in "pqr"], 3, seed, done))
+        return [t for t, _ in asyncio.run(evaluate(agent, [question(name) for name in "pqr"], 3, seed, done))]
 
     return run
 

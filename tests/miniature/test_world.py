@@ -37,7 +37,7 @@ def test_the_families_come_in_turn_and_a_seed_repeats_them(problems: list[Proble
 
 
 def test_training_never_asks_for_a_held_out_land(problems: list[Problem]) -> None:
-    held_out = {p.land for p in sample_problems(90, seed=3, held_out=True) if p.land}
+    held_out = {p.land for p in sample_problems(90, seed=3, split="held_out") if p.land}
     assert not held_out & {p.land for p in sample_problems(150, seed=3) if p.land}
     assert held_out <= set(list(lands())[-HELD_OUT_LANDS:])
     assert len(corpus()) == LANDS

@@ -72,3 +72,11 @@ def test_no_interpreter_is_a_system_fault(monkeypatch: pytest.MonkeyPatch) -> No
 
     with pytest.raises(SystemFault, match="no interpreter can be started"):
         asyncio.run(story())
+
+
+def test_a_set_prints_alike_in_every_interpreter():
+    async def shown() -> str:
+        async with Conversation() as conversation:
+            return (await make_python()("print({'a', 'b', 'c', 'd', 'e'})", conversation)).text
+
+    assert len({asyncio.run(shown()) for _ in range(4)}) == 1

@@ -197,7 +197,15 @@ def test_code_longer_than_a_pipe_holds(isolated: bool) -> None:
 def test_the_environment_is_not_inherited(isolated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     (result,) = run(isolated, "import os\nsorted(os.environ)")
-    assert set(eval(result.text)) <= {"HOME", "LANG", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PATH", "PWD"}
+    assert set(eval(result.text)) <= {
+        "HOME",
+        "LANG",
+        "OMP_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "PATH",
+        "PWD",
+        "PYTHONHASHSEED",
+    }
 
 
 def test_the_environment_of_bubblewrap_itself_is_empty_too(monkeypatch: pytest.MonkeyPatch) -> None:

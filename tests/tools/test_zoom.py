@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axpo.tools.base import Conversation, PolicyFault, SystemFault, Toolbox, ToolResult
+from axpo.tools.base import Conversation, PolicyFault, SystemFault, Toolbox, ToolResult, encode_png
 from axpo.tools.zoom import crop_box, enlarged, make_zoom
 
 
@@ -193,3 +193,9 @@ def test_the_schema_is_that_of_the_qwen_agents() -> None:
     assert parameters["required"] == ["bbox_2d", "label", "img_idx"]
     types = {name: field["type"] for name, field in parameters["properties"].items()}
     assert types == {"bbox_2d": "array", "label": "string", "img_idx": "integer"}
+
+
+def test_a_crop_too_thin_for_an_image_processor_is_the_policys_fault():
+    wide = encode_png(PIL.Image.new("RGB", (7680, 320)))
+    with pytest.raises(PolicyFault, match="too thin"):
+        make_zoom()([0, 500, 1000, 501], "line", 0, Conversation([wide]))

@@ -42,10 +42,14 @@ class Request:
 
 @dataclass(frozen=True, order=True)
 class RolloutKey:
-    """The identity of a rollout: it orders what happens at the same time, so that a run can be repeated."""
+    """The identity of a rollout: it orders what happens at the same time, so that a run can be repeated.
+
+    `place` is the question's among those rolled out together, which may hold one question twice.
+    """
 
     question_id: str
     index: int
+    place: int = 0
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ class Clock(Generic[Job]):
             raise ValueError(f"{key} is open already: every rollout that runs needs a key of its own")
         self._open[key] = _Rollout(self.step)
 
+    def is_open(self, key: RolloutKey) -> bool:
+        return key in self._open
+
     def close(self, key: RolloutKey) -> None:
         del self._open[key]
 

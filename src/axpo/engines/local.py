@@ -6,7 +6,6 @@ once: N rollouts prefill their prompt once, a turn only its observation, a conti
 
 import asyncio
 import hashlib
-import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,13 +33,11 @@ _CACHED_IMAGES = 256
 
 @dataclass
 class Counters:
-    """What the engine has done: tokens computed in prefills, taken from the cache, and sampled; and the time."""
+    """What the engine has done: tokens computed in prefills, taken from the cache, and sampled."""
 
     prefilled_tokens: int = 0
     reused_tokens: int = 0
     decoded_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -87,6 +84,7 @@ class LocalEngine:
         self._features: OrderedDict[bytes, tuple[Tensor, list[Tensor]]] = OrderedDict()
         self._clock: Clock[_Job] = Clock(overlap)
         self._waiting: deque[_Job] = deque()
+        self._begun: set[RolloutKey] = set()  # open rollouts that have had an answer
         self._jobs: list[_Job] = []  # in flight, in the order of the cache's rows
         self._driver: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -121,6 +119,7 @@ class LocalEngine:
             yield
         finally:
             self._clock.close(key)
+            self._begun.discard(key)
             self._changed.set()
 
     def update_weights(self) -> None:
@@ -167,7 +166,9 @@ class LocalEngine:
                 while self._clock.late():
                     self._changed.clear()
                     await self._changed.wait()
-                self._waiting.extend(self._clock.take_due())
+                # Who has begun comes first: its keys and values are still here, and its tools hold resources.
+                waiting = [*self._waiting, *self._clock.take_due()]
+                self._waiting = deque(sorted(waiting, key=lambda job: job.request.rollout not in self._begun))
                 self._drop_cancelled()
                 if self._jobs or self._waiting:
                     with torch.no_grad():
@@ -212,10 +213,8 @@ class LocalEngine:
 
     def _step(self) -> None:
         """One token for everything in flight."""
-        started = time.perf_counter()
         old = len(self._jobs)
         logits = self._admit()
-        admitted = time.perf_counter()
         if old:
             logits.insert(0, self._decode(old))
         rules = [job.request.sampling for job in self._jobs]
@@ -228,8 +227,6 @@ class LocalEngine:
         self.counters.decoded_tokens += len(self._jobs)
         for row in reversed(range(len(self._jobs))):
             self._finish(row)
-        self.counters.prefill_seconds += admitted - started
-        self.counters.decode_seconds += time.perf_counter() - admitted
 
     def _finish(self, row: int) -> None:
         job = self._jobs[row]
@@ -237,6 +234,8 @@ class LocalEngine:
         if stopped or len(job.new_ids) == job.request.sampling.max_tokens:
             self._release(row)
             self._clock.answered(job.request.rollout, job)
+            if self._clock.is_open(job.request.rollout):
+                self._begun.add(job.request.rollout)
             if not job.future.done():
                 finish = Finish.STOP if stopped else Finish.LENGTH
                 job.future.set_result(Generation(job.new_ids, job.logprobs, finish))

@@ -4,43 +4,46 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from axpo.agent import Agent
+from axpo.agent import Agent, Group
 from axpo.diagnostics.gap import mean, measure
 from axpo.evaluation.passk import pass_at_k
 from axpo.questions import Question
-from axpo.tree import RolloutTree, scored
+from axpo.tree import scored
 
 EVALUATION = 1  # keeps its random numbers apart from those of training
 
 
 async def evaluate(
     agent: Agent, questions: Sequence[Question], samples: int, seed: int, done: Callable[[], None] = lambda: None
-) -> list[RolloutTree]:
-    """Draw `samples` rollouts of each question; `done` is called as each question ends."""
-    trees = [agent.new_tree(question) for question in questions]
+) -> list[Group]:
+    """Draw `samples` rollouts of each question; `done` is called as each question ends.
 
-    async def one(index: int) -> None:
-        await agent.group(trees[index], questions[index], samples, (EVALUATION, seed, index))
+    Questions that cannot be asked are left out with a warning.
+    """
+    groups = agent.new_groups(questions)
+
+    async def one(place: int) -> None:
+        await agent.draw(groups[place], groups[place][0].root, range(samples), (EVALUATION, seed, place))
         done()
 
-    await asyncio.gather(*(one(index) for index in range(len(trees))))
-    return trees
+    await asyncio.gather(*(one(place) for place in range(len(groups))))
+    return groups
 
 
-def summarise(trees: Sequence[RolloutTree], questions: Sequence[Question], samples: int) -> dict[str, object]:
+def summarise(groups: Sequence[Group], samples: int) -> dict[str, object]:
     """Pass@1, Pass@`samples`, the figures of `diagnostics.gap`, and Pass@1 of each family.
 
     Pass@1 is the mean over questions of the share of right rollouts, void ones left out; Pass@k is over the
     questions with at least k rollouts that were decided.
     """
-    rewards = [[reward > 0 for _, reward in scored(tree.base_leaves())] for tree in trees]
+    rewards = [[reward > 0 for _, reward in scored(tree.base_leaves())] for tree, _ in groups]
     families: dict[str, list[float]] = defaultdict(list)
-    for question, group in zip(questions, rewards, strict=True):
-        if group:
-            families[question.family].append(sum(group) / len(group))
-    figures = measure(trees)
+    for (_, question), decided in zip(groups, rewards, strict=True):
+        if decided:
+            families[question.family].append(sum(decided) / len(decided))
+    figures = measure([tree for tree, _ in groups])
     return {
-        "questions": len(questions),
+        "questions": len(groups),
         "samples": samples,
         "pass1": mean(share for shares in families.values() for share in shares),
         f"pass{samples}": mean(pass_at_k(len(g), sum(g), samples) for g in rewards if len(g) >= samples),

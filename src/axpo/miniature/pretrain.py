@@ -1,6 +1,6 @@
 """Pre-trains the miniature's base on dense tasks, from nothing.
 
-    python -m axpo.miniature.pretrain --steps 700 --out src/axpo/miniature/base
+    python -m axpo.miniature.pretrain --steps 500 --out src/axpo/miniature/base
 
 The base learns what a foundation model brings along: to point at a place of a picture, to read a digit that is
 large enough, to copy names and numbers into code and queries, to find a fact in a text, to write a call that
@@ -24,7 +24,7 @@ from axpo.chat import Chat
 from axpo.miniature import base
 from axpo.miniature.scene import Plaque, draw_crop, draw_scene
 from axpo.miniature.teacher import THOUGHTS
-from axpo.miniature.tools import SCHEMAS, call_text, zoom_call
+from axpo.miniature.tools import call_text, tools, zoom_call
 from axpo.miniature.world import (
     DIVISORS,
     FACTS,
@@ -37,6 +37,7 @@ from axpo.miniature.world import (
 )
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
+from axpo.tools.base import Toolbox
 from axpo.tree import Credit, Kind, RolloutTree
 
 PEAK_RATE = 2e-3
@@ -119,6 +120,7 @@ def make_tree(chat: Chat, images: list[bytes], exchanges: list[Exchange], name: 
 
 def world_text() -> Iterator[str]:
     """What the tokenizer is trained on."""
+    schemas = Toolbox(tools()).schemas
     rng = np.random.default_rng(1)
     for problem in sample_problems(300, seed=1):
         yield str(problem.question.messages[0]["content"][-1]["text"])
@@ -132,7 +134,7 @@ def world_text() -> Iterator[str]:
         yield from [thought] * 20
     for _ in range(40):
         yield base.TEMPLATE.read_text().split("# Tools")[1].split("<|im_end|>")[0]
-        yield "\n".join(json.dumps(schema) for schema in SCHEMAS)
+        yield "\n".join(json.dumps(schema) for schema in schemas)
         yield "system user assistant <answer> </answer> Error: Traceback (most recent call last):"
 
 
@@ -217,7 +219,7 @@ def save_base(model: PreTrainedModel, chat: Chat, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=base.BASE)
     arguments = parser.parse_args()
     train(arguments.out, arguments.steps)

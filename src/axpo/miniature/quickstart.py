@@ -3,6 +3,8 @@
 import asyncio
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from axpo import build
 from axpo.agent import Agent, Limits
 from axpo.chat import Chat
@@ -18,21 +20,28 @@ from axpo.workflow import Progress, run_evaluation, run_sft, run_training
 
 TEACHER_PROBLEMS = 240
 TEACHER_ROLLOUTS = 6
-TEACHER_SEED = 7  # other problems than those of the RL stage
+TEACHING = 2  # keeps its random numbers apart from those of training and evaluation
 
 
-def quickstart(config: Config, run: Run, progress: Progress) -> dict[str, Any]:
+def quickstart(
+    config: Config,
+    run: Run,
+    progress: Progress,
+    model: PreTrainedModel,
+    chat: Chat,
+    toolbox: Toolbox,
+    data: build.Data,
+) -> dict[str, Any]:
     """Run all stages; returns, and writes as summary.json, the evaluations before and after AXPO."""
-    chat, toolbox, data = build.load_chat(config), build.load_toolbox(config), build.load_data(config)
-    model = build.load_model(config)
     summary: dict[str, Any] = {}
-    trees = asyncio.run(teach(chat, toolbox, progress))
+    trees = asyncio.run(teach(chat, toolbox, progress, config.seed))
     run.save_trees("teacher", trees[:50])
     run_sft(config, run, progress, model, chat, trees, "sft")
 
     async def learn() -> None:
         assert data.eval is not None
-        summary["sft"] = await run_evaluation(config, run, progress, model, chat, toolbox, data.eval, "sft")
+        engine = build.make_engine(config, model, chat)
+        summary["sft"] = await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval, "sft")
         run.save_summary(summary)
         name = config.method.name
         summary[name] = await run_training(config, run, progress, model, chat, toolbox, data)
@@ -42,18 +51,18 @@ def quickstart(config: Config, run: Run, progress: Progress) -> dict[str, Any]:
     return summary
 
 
-async def teach(chat: Chat, toolbox: Toolbox, progress: Progress) -> list[RolloutTree]:
+async def teach(chat: Chat, toolbox: Toolbox, progress: Progress, seed: int) -> list[RolloutTree]:
     """The teacher's correct trajectories, written through the agent loop and the real tools.
 
     All of a question lie in one tree, so that its prompt is computed once in training too.
     """
-    problems = sample_problems(TEACHER_PROBLEMS, TEACHER_SEED)
+    problems = sample_problems(TEACHER_PROBLEMS, seed, "teacher")
     agent = Agent(Teacher(problems, chat), chat, toolbox, Sampling(), Limits())
     progress.stage("teacher", len(problems))
     trees = []
     for index, problem in enumerate(problems):
         tree = agent.new_tree(problem.question)
-        await agent.group(tree, problem.question, TEACHER_ROLLOUTS, (TEACHER_SEED, index))
+        await agent.draw((tree, problem.question), tree.root, range(TEACHER_ROLLOUTS), (TEACHING, seed, index))
         progress.step({})
         right = [leaf for leaf, reward in scored(tree.leaves()) if reward > 0]
         if right:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from axpo.miniature.base import SIDE
 from axpo.miniature.world import corpus
-from axpo.tools.base import Tool, Toolbox
+from axpo.tools.base import Tool
 from axpo.tools.python import make_python
 from axpo.tools.search import make_search
 from axpo.tools.zoom import make_zoom
@@ -14,9 +14,6 @@ from axpo.tools.zoom import make_zoom
 def tools() -> list[Tool]:
     """Zoom, Python, and search over the world's corpus."""
     return [make_zoom(SIDE * SIDE), make_python(), make_search(corpus(), 2)]
-
-
-SCHEMAS = Toolbox(tools()).schemas
 
 
 def call_text(name: str, arguments: dict[str, object]) -> str:

@@ -9,12 +9,15 @@ Everything follows from a seed. Training and held-out questions differ in seed, 
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal, get_args
 
 import numpy as np
 
 from axpo.miniature.scene import COLOURS, GRID, SHAPES, Plaque, draw_scene
 from axpo.questions import Question
 
+Split = Literal["train", "teacher", "held_out", "tuning"]
+SPLITS: tuple[Split, ...] = get_args(Split)  # "tuning" is for whoever changes the world or its settings
 FAMILIES = ("perception", "computation", "lookup")
 FAVOURED = 0.4  # how often a digit or a fact is the usual one
 DIVISORS = (6, 8, 9, 12)
@@ -96,15 +99,14 @@ def corpus() -> list[dict[str, str]]:
     return [describe(land, facts) for land, facts in lands().items()]
 
 
-def sample_problems(count: int, seed: int, held_out: bool = False) -> list[Problem]:
-    """`count` problems, the families in turn. Held-out ones come from another stream and ask for other lands."""
+def sample_problems(count: int, seed: int, split: Split = "train") -> list[Problem]:
+    """`count` problems, the families in turn. Each split is a stream of its own; held-out ones ask for other lands."""
     makers = {"perception": _perception, "computation": _computation, "lookup": _lookup}
-    split = "test" if held_out else "train"
     problems = []
     for index in range(count):
         family = FAMILIES[index % len(FAMILIES)]
-        rng = np.random.default_rng([seed, int(held_out), index])
-        problems.append(makers[family](f"{split}-{seed}-{index}", rng, held_out))
+        rng = np.random.default_rng([seed, SPLITS.index(split), index])
+        problems.append(makers[family](f"{split}-{seed}-{index}", rng, split == "held_out"))
     return problems
 
 

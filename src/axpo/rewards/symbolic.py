@@ -56,15 +56,18 @@ def _line(text: str) -> str:
 
 def _start() -> "subprocess.Popen[str]":
     # Its own session: Ctrl-C in the terminal is for the trainer. -P: this folder is not a place to import from.
-    worker = subprocess.Popen(
-        [sys.executable, "-P", __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-    )
+    try:
+        worker = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise RuntimeError(f"the process that compares expressions did not start: {error}") from error
     assert worker.stdout is not None
     if worker.stdout.readline() != "ready\n":
         worker.communicate()

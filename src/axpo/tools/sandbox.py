@@ -35,6 +35,7 @@ _PROGRAM = Path(__file__).with_name("worker.py")
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",
     "OMP_NUM_THREADS": "1",  # each thread of a numeric library reserves memory that counts against the limit
     "OPENBLAS_NUM_THREADS": "1",
 }
@@ -193,7 +194,8 @@ def _join(output: str, report: str) -> str:
 
 def _command(channel: int, limits: Limits, isolated: bool) -> list[str]:
     arguments = (channel, limits.memory, limits.cpu, limits.file, limits.processes if isolated else 0)
-    program = [_executable(), "-I", "-S", "-u", "-X", "utf8", "-c", _PROGRAM.read_text(encoding="utf-8")]
+    # Not -I, which would ignore PYTHONHASHSEED: a set must print alike in every run.
+    program = [_executable(), "-P", "-s", "-S", "-u", "-X", "utf8", "-c", _PROGRAM.read_text(encoding="utf-8")]
     return [*program, *map(str, arguments), *_packages()]
 
 

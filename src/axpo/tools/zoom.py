@@ -9,6 +9,7 @@ import PIL.ImageOps
 from axpo.tools.base import Conversation, PolicyFault, Tool, encode_png
 
 SIDE = 32  # pixels a vision token covers: the least side of a crop, and what both sides of the result are multiples of
+LONGEST = 100  # times the other side; image processors refuse what is thinner than 200
 
 
 def make_zoom(min_pixels: int = 262_144) -> Tool:
@@ -32,7 +33,10 @@ def make_zoom(min_pixels: int = 262_144) -> Tool:
             raise PolicyFault(f"img_idx {img_idx} names no image; the conversation has {len(images)}, from index 0.")
         image = PIL.Image.open(io.BytesIO(images[img_idx]))
         PIL.ImageOps.exif_transpose(image, in_place=True)
-        crop = image.crop(crop_box(bbox_2d, *image.size)).convert("RGB")
+        box = crop_box(bbox_2d, *image.size)
+        if max(box[2] - box[0], box[3] - box[1]) > LONGEST * min(box[2] - box[0], box[3] - box[1]):
+            raise PolicyFault(f"bbox_2d {bbox_2d} is too thin: one side is over {LONGEST} times the other.")
+        crop = image.crop(box).convert("RGB")
         return encode_png(crop.resize(enlarged(*crop.size, min_pixels), PIL.Image.Resampling.BICUBIC))
 
     return image_zoom_in_tool
