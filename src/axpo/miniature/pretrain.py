@@ -1,10 +1,10 @@
 """Pre-trains the miniature's base on dense tasks, from nothing.
 
-    python -m axpo.miniature.pretrain --steps 500 --out src/axpo/miniature/base
+    python -m axpo.miniature.pretrain --out src/axpo/miniature/base
 
 The base learns what a foundation model brings along: to point at a place of a picture, to read a digit that is
 large enough, to copy names and numbers into code and queries, to find a fact in a text, to write a call that
-is spelled out for it. It never sees a question of the world together with the tools, nor a whole trajectory.
+is spelled out for it. It never sees a question of the world, nor a whole trajectory.
 Progress is kept beside the output and taken up again when the command is repeated.
 """
 
@@ -12,8 +12,11 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,49 +39,58 @@ from axpo.miniature.world import (
     sample_scene,
 )
 from axpo.packing import pack_logprobs, pack_trees
-from axpo.policy import banned_tokens
+from axpo.policy import banned_tokens, load_policy
 from axpo.tools.base import Toolbox
 from axpo.tree import Credit, Kind, RolloutTree
 
-PEAK_RATE = 2e-3
 WARM_UP = 50
 COOL_DOWN = 0.3  # of the steps, at the end
 
-Exchange = tuple[str, str]  # what is asked, what is to be answered
+
+@dataclass(frozen=True)
+class Exchange:
+    """What is asked, what is to be answered, and pictures that only this exchange shows."""
+
+    asked: str
+    answer: str
+    images: tuple[bytes, ...] = ()
 
 
-def look(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
+Task = tuple[tuple[bytes, ...], list[Exchange]]  # pictures that all of its exchanges are about, and these
+
+
+def look(rng: np.random.Generator) -> Task:
     """Say what is at a place of a scene; point at it, in the format of Qwen's grounding; zoom when told to."""
     scene = sample_scene(rng)
     seen, pointed, zoomed = (scene[int(rng.integers(len(scene)))] for _ in range(3))
     box = json.dumps({"bbox_2d": list(pointed.box), "label": pointed.name})
-    return [draw_scene(scene, rng)], [
-        (f"What is in {seen.place}?", seen.name),
-        (f"Where is the {pointed.name} in {pointed.place}?", box),
-        (f"Zoom in on the {zoomed.name} in {zoomed.place}.", zoom_call(zoomed.box, zoomed.name)),
+    return (draw_scene(scene, rng),), [
+        Exchange(f"What is in {seen.place}?", seen.name),
+        Exchange(f"Where is the {pointed.name} in {pointed.place}?", box),
+        Exchange(f"Zoom in on the {zoomed.name} in {zoomed.place}.", zoom_call(zoomed.box, zoomed.name)),
     ]
 
 
-def read(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
+def read(rng: np.random.Generator) -> Task:
     """Read the digit in a close view."""
     plaque = sample_scene(rng, 1, 1)[0]
     plaque = Plaque(plaque.colour, plaque.shape, plaque.cell, int(rng.integers(10)))
-    return [draw_crop(plaque, rng)], [("Read the digit.", str(plaque.digit))]
+    return (), [Exchange("Read the digit.", str(plaque.digit), (draw_crop(plaque, rng),))]
 
 
-def compute(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
+def compute(rng: np.random.Generator) -> Task:
     """Put numbers into code; read a result off."""
     a, b, divisor = int(rng.integers(12, 100)), int(rng.integers(12, 100)), int(rng.choice(DIVISORS))
     code = f"print({a} * {b} % {divisor})"
     result = int(rng.integers(0, 12 if rng.random() < 0.7 else 10_000))
-    return [], [
-        (f"Code for the remainder of {a} * {b} divided by {divisor}?", json.dumps({"code": code})),
-        (f"Run {code}", call_text("python", {"code": code})),
-        (f"<tool_response>\n{result}\n</tool_response>\nWhat is the result?", str(result)),
+    return (), [
+        Exchange(f"Code for the remainder of {a} * {b} divided by {divisor}?", json.dumps({"code": code})),
+        Exchange(f"Run {code}", call_text("python", {"code": code})),
+        Exchange(f"<tool_response>\n{result}\n</tool_response>\nWhat is the result?", str(result)),
     ]
 
 
-def find(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
+def find(rng: np.random.Generator) -> Task:
     """Find a fact about made-up lands in a text; put a name into a query."""
     names = list(dict.fromkeys(sample_land(rng) for _ in range(4)))[:3]
     facts = {name: sample_facts(rng, favoured=0.0) for name in names}
@@ -88,117 +100,158 @@ def find(rng: np.random.Generator) -> tuple[list[bytes], list[Exchange]]:
     # Mostly the first document, as it is for whoever searches well; the others keep the base reading.
     if rng.random() < 0.5:
         asked = names[0]
-    return [], [
-        (f"<tool_response>\n{text}\n</tool_response>\nWhat is the {kind} of {asked}?", facts[asked][kind]),
-        (f"What to search for {asked}?", json.dumps({"query": asked})),
-        (f"Search for {asked}", call_text("search", {"query": asked})),
+    return (), [
+        Exchange(f"<tool_response>\n{text}\n</tool_response>\nWhat is the {kind} of {asked}?", facts[asked][kind]),
+        Exchange(f"What to search for {asked}?", json.dumps({"query": asked})),
+        Exchange(f"Search for {asked}", call_text("search", {"query": asked})),
     ]
 
 
-# How many of each task in a step: reading pictures first, then finding facts in texts.
-FIRST = {look: 8, read: 28, compute: 4, find: 8}
-LATER = {look: 8, read: 12, compute: 8, find: 16}
+@dataclass(frozen=True)
+class Stage:
+    """How many of each task make a step. With `tools`, the tools stand in the prompt, as many tasks in one tree as
+    `together`: it is long, and they share it."""
+
+    steps: int
+    peak_rate: float
+    tasks: dict[Callable[[np.random.Generator], Task], int]
+    later: dict[Callable[[np.random.Generator], Task], int]  # from LATER_FROM on
+    together: int = 1
+    tools: bool = False
+
+
 LATER_FROM = 250
+STAGES = {
+    # Reading pictures first, then finding facts in texts.
+    "alone": Stage(500, 2e-3, {look: 8, read: 28, compute: 4, find: 8}, {look: 8, read: 12, compute: 8, find: 16}),
+    # The same with the tools described before it, as for every agent.
+    "tools": Stage(
+        250,
+        1.5e-3,
+        {look: 4, read: 12, compute: 4, find: 8},
+        {look: 4, read: 12, compute: 4, find: 8},
+        together=4,
+        tools=True,
+    ),
+}
 
 
-def make_tree(chat: Chat, images: list[bytes], exchanges: list[Exchange], name: str) -> RolloutTree:
-    """All exchanges over the same pictures as branches of one tree, so that each picture is encoded once."""
-    marker = "axpo-question"
-    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": marker}]
-    ids, encoded = chat.prompt([{"role": "user", "content": content}], images, [])
-    text = chat.tokenizer.encode(marker, add_special_tokens=False)
-    at = next(i for i in range(len(ids)) if ids[i : i + len(text)] == text)
-    tree = RolloutTree(name, ids[:at], encoded)
-    for asked, answer in exchanges:
-        question = chat.tokenizer.encode(asked, add_special_tokens=False)
-        branch = tree.append(tree.root, Kind.OBSERVATION, question + ids[at + len(text) :])
-        reply = chat.turn(f"\n</think>\n\n{answer}")
+def make_trees(chat: Chat, tasks: Sequence[Task], tools: list[dict[str, Any]], together: int) -> list[RolloutTree]:
+    """The tasks as trees whose branches are exchanges, so that what they share is computed once.
+
+    Tasks with pictures of their own make a tree each, of the others `together` make one.
+    """
+    alone = [task for task in tasks if task[0]]
+    plain = [exchange for task in tasks if not task[0] for exchange in task[1]]
+    size = together * max(1, len(plain) // max(1, len(tasks) - len(alone)))
+    groups = alone + [((), plain[start : start + size]) for start in range(0, len(plain), size)]
+    return [make_tree(chat, shared, exchanges, tools) for shared, exchanges in groups]
+
+
+def make_tree(
+    chat: Chat, shared: tuple[bytes, ...], exchanges: Sequence[Exchange], tools: list[dict[str, Any]]
+) -> RolloutTree:
+    """One tree: the root holds the shared pictures, each branch an exchange."""
+    tree = None
+    for exchange in exchanges:
+        pictures = [*shared, *exchange.images]
+        content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": exchange.asked}]
+        ids, images = chat.prompt([{"role": "user", "content": content}], pictures, tools)
+        start = ids.index(chat.tokenizer.convert_tokens_to_ids("<|im_start|>"), 1 if tools else 0) + 3  # "user\n"
+        start += sum(image.tokens + 2 for image in images[: len(shared)])  # and vision start and end
+        if tree is None:
+            tree = RolloutTree("pretraining", ids[:start], images[: len(shared)])
+        assert tree.root.ids.tolist() == ids[:start]
+        branch = tree.append(tree.root, Kind.OBSERVATION, ids[start:], images=images[len(shared) :])
+        reply = chat.turn(f"\n</think>\n\n{exchange.answer}")
         segment = tree.append(branch, Kind.POLICY, reply, [0.0] * len(reply))
         segment.credit = Credit(1.0, len(reply))
+    assert tree is not None
     return tree
+
+
+@cache
+def tool_schemas() -> list[dict[str, Any]]:
+    """What the prompt says of the tools."""
+    return Toolbox(tools()).schemas
 
 
 def world_text() -> Iterator[str]:
     """What the tokenizer is trained on."""
-    schemas = Toolbox(tools()).schemas
     rng = np.random.default_rng(1)
     for problem in sample_problems(300, seed=1):
         yield str(problem.question.messages[0]["content"][-1]["text"])
     for document in corpus():
         yield f"{document['title']}: {document['text']}"
-    for task in FIRST:
+    for task in STAGES["alone"].tasks:
         for _ in range(60):
-            for asked, answer in task(rng)[1]:
-                yield f"{asked}\n{answer}"
+            for exchange in task(rng)[1]:
+                yield f"{exchange.asked}\n{exchange.answer}"
     for thought in THOUGHTS:
         yield from [thought] * 20
     for _ in range(40):
         yield base.TEMPLATE.read_text().split("# Tools")[1].split("<|im_end|>")[0]
-        yield "\n".join(json.dumps(schema) for schema in schemas)
+        yield "\n".join(json.dumps(schema) for schema in tool_schemas())
         yield "system user assistant <answer> </answer> Error: Traceback (most recent call last):"
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, stage: Stage) -> float:
     """Warm up, stay, and fall linearly to zero."""
-    return PEAK_RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (COOL_DOWN * steps))
+    return stage.peak_rate * min(1.0, (step + 1) / WARM_UP, (stage.steps - step) / (COOL_DOWN * stage.steps))
 
 
-def train(out: Path, steps: int, seed: int = 0) -> None:
-    """Train, or go on training, and write the base into `out`."""
-    tokenizer = base.build_tokenizer(list(world_text()))
-    chat = Chat(tokenizer, base.build_image_processor())
-    model = base.build_model(tokenizer, seed)
+def train(out: Path, name: str, seed: int = 0) -> None:
+    """Train a stage, or go on with it, and write the base into `out`. The first stage begins from nothing."""
+    stage = STAGES[name]
+    if name == "alone":
+        tokenizer = base.build_tokenizer(list(world_text()))
+        chat = Chat(tokenizer, base.build_image_processor())
+        model: PreTrainedModel = base.build_model(tokenizer, seed)
+    else:
+        chat, model = Chat.from_pretrained(out), load_policy(out)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    progress = out.with_suffix(".progress.pt")
+    progress = out.with_suffix(f".{name}.pt")
     step = 0
     if progress.exists():
         state = torch.load(progress, weights_only=True)
         step = state["step"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    banned = banned_tokens(chat, model)
-    model.train()
     started = time.time()
-    while step < steps:
-        losses = train_step(model, chat, optimizer, banned, step, learning_rate(step, steps), seed)
+    while step < stage.steps:
+        losses = train_step(model, chat, optimizer, stage, step, seed)
         step += 1
         if step % 25 == 0:
-            shown = " ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-            print(f"step {step} {time.time() - started:.0f}s {shown}", flush=True)
-        if step % 100 == 0 or step == steps:
+            shown = " ".join(f"{task} {loss:.4f}" for task, loss in losses.items())
+            print(f"{name} {step} {time.time() - started:.0f}s {shown}", flush=True)
+        if step % 100 == 0:
             state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, progress.with_suffix(".tmp"))
             os.replace(progress.with_suffix(".tmp"), progress)
-            save_base(model, chat, out)
-    progress.unlink()
+    save_base(model, chat, out)
+    progress.unlink(missing_ok=True)
 
 
 def train_step(
-    model: PreTrainedModel,
-    chat: Chat,
-    optimizer: torch.optim.Optimizer,
-    banned: torch.Tensor,
-    step: int,
-    rate: float,
-    seed: int,
+    model: PreTrainedModel, chat: Chat, optimizer: torch.optim.Optimizer, stage: Stage, step: int, seed: int
 ) -> dict[str, float]:
     """One step over every task; returns the mean loss a token of each."""
     losses = {}
-    for number, (task, count) in enumerate((FIRST if step < LATER_FROM else LATER).items()):
-        rng = np.random.default_rng([seed, step, number])
-        trees = [make_tree(chat, *task(rng), f"{task.__name__}-{i}") for i in range(count)]
-        total = 0.0
+    banned = banned_tokens(chat, model)
+    schemas = tool_schemas() if stage.tools else []
+    for number, (task, count) in enumerate((stage.tasks if step < LATER_FROM else stage.later).items()):
+        rng = np.random.default_rng([seed, step + 1000 * stage.tools, number])
+        trees = make_trees(chat, [task(rng) for _ in range(count)], schemas, stage.together)
         packs = pack_trees(trees, chat, 4000)
         tokens = sum(len(pack.targets) for pack in packs)
+        losses[task.__name__] = 0.0
         for pack in packs:
-            # A digit of a box or of a picture is what is to be learned; words around it are cheap.
             loss = -pack_logprobs(model, pack, chat, banned).sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-        losses[task.__name__] = total
+            losses[task.__name__] += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate(step, stage)
     optimizer.step()
     optimizer.zero_grad()
     return losses
@@ -219,7 +272,8 @@ def save_base(model: PreTrainedModel, chat: Chat, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=base.BASE)
+    parser.add_argument("--stage", choices=list(STAGES), help="only this stage; default: all of them")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.steps)
+    for chosen in [arguments.stage] if arguments.stage else STAGES:
+        train(arguments.out, chosen)
