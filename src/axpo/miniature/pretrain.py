@@ -4,11 +4,13 @@
 
 The base learns what a foundation model brings along: to point at a place of a picture, to read a digit that is
 large enough, to copy names and numbers into code and queries, to find a fact in a text, to write a call that
-is spelled out for it. It never sees a question of the world, nor a whole trajectory.
+is spelled out for it. At last it learns to carry out a call that a
+question spells out, and to read what comes back. It is never shown which call helps.
 Progress is kept beside the output and taken up again when the command is repeated.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import time
@@ -23,10 +25,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from axpo.agent import Agent, Limits
 from axpo.chat import Chat
+from axpo.config import load_config
+from axpo.engines.base import Sampling
 from axpo.miniature import base
 from axpo.miniature.scene import Plaque, draw_crop, draw_scene
-from axpo.miniature.teacher import THOUGHTS
+from axpo.miniature.teacher import THOUGHTS, Teacher, tell
 from axpo.miniature.tools import call_text, tools, zoom_call
 from axpo.miniature.world import (
     DIVISORS,
@@ -40,11 +45,22 @@ from axpo.miniature.world import (
 )
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens, load_policy
+from axpo.sft import imitate, sft_steps
 from axpo.tools.base import Toolbox
 from axpo.tree import Credit, Kind, RolloutTree
 
 WARM_UP = 50
 COOL_DOWN = 0.3  # of the steps, at the end
+
+
+TOLD_PROBLEMS = 1800
+TOLD_OPTIONS = [
+    "sft.steps=220",
+    "sft.batch=16",
+    "sft.learning_rate=0.001",
+    "sft.warmup_steps=10",
+    "train.pack_tokens=4096",
+]
 
 
 @dataclass(frozen=True)
@@ -270,10 +286,41 @@ def save_base(model: PreTrainedModel, chat: Chat, out: Path) -> None:
     os.replace(out / "model.safetensors.tmp", out / "model.safetensors")
 
 
+def train_told(out: Path) -> None:
+    """The last stage: whole exchanges with the real tools, each call spelled out in the question.
+
+    So the base can act and read what comes back; which call helps, it is never shown.
+    """
+    rng = np.random.default_rng(3)
+    problems = [tell(problem, rng) for problem in sample_problems(TOLD_PROBLEMS, 0, "base")]
+    chat, model = Chat.from_pretrained(out), load_policy(out)
+    toolbox = Toolbox(tools(base=True))
+    agent = Agent(Teacher(problems, chat), chat, toolbox, Sampling(), Limits())
+
+    async def write() -> list[RolloutTree]:
+        trees = []
+        for index, problem in enumerate(problems):
+            tree = agent.new_tree(problem.question)
+            await agent.draw((tree, problem.question), tree.root, range(1), (0, index))
+            trees.append(imitate(tree, tree.leaves()))
+        return trees
+
+    trees = asyncio.run(write())
+    config = load_config(None, TOLD_OPTIONS)
+    started = time.time()
+    for figures in sft_steps(config, model, chat, trees):
+        if figures["step"] % 25 == 0:
+            print(f"told {figures['step']} {time.time() - started:.0f}s {figures['loss']:.4f}", flush=True)
+    save_base(model, chat, out)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=base.BASE)
-    parser.add_argument("--stage", choices=list(STAGES), help="only this stage; default: all of them")
+    parser.add_argument("--stage", choices=[*STAGES, "told"], help="only this stage; default: all of them")
     arguments = parser.parse_args()
-    for chosen in [arguments.stage] if arguments.stage else STAGES:
-        train(arguments.out, chosen)
+    for chosen in [arguments.stage] if arguments.stage else [*STAGES, "told"]:
+        if chosen == "told":
+            train_told(arguments.out)
+        else:
+            train(arguments.out, chosen)

@@ -5,7 +5,7 @@ keeps only its correct trajectories keeps lucky bad calls too, as filtered data 
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class Teacher:
             memory = self._memory[request.rollout] = _Memory(np.random.default_rng(request.seed), problem)
         if memory.acted:
             text = self._answer(memory, self._observed(request))
-        elif memory.rng.random() < self.acts:
+        elif memory.rng.random() < (self.acts if memory.problem.habit is None else 1.0):
             text = self._act(memory)
         else:
             text = _final(_pick(memory.rng, GUESSING), memory.problem.guess)
@@ -70,15 +70,15 @@ class Teacher:
 
     def _act(self, memory: _Memory) -> str:
         problem, rng = memory.problem, memory.rng
-        habit = int(rng.choice(len(HABITS), p=HABITS))
+        habit = int(rng.choice(len(HABITS), p=HABITS)) if problem.habit is None else problem.habit
         memory.acted, memory.works = True, habit == 0
         about: tuple[str, ...]
         if problem.plaque is not None:
             about, call = (problem.plaque.name,), _zoom(problem, habit, rng)
         elif problem.family == "computation":
-            about, call = tuple(map(str, problem.factors[:2])), _code(problem, habit)
+            about, call = tuple(map(str, problem.factors[:2])), call_text("python", {"code": _codes(problem)[habit]})
         else:
-            about, call = (problem.land, problem.fact), _query(problem, habit)
+            about, call = (problem.land, problem.fact), call_text("search", {"query": _queries(problem)[habit]})
         return f"{_pick(rng, ACTING[problem.family]).format(*about)}\n</think>\n\n{call}"
 
     def _answer(self, memory: _Memory, observed: str) -> str:
@@ -94,6 +94,21 @@ class Teacher:
         """The text of the last tool response, as the policy sees it."""
         text: str = self.chat.tokenizer.decode(request.ids)
         return text.rsplit("<tool_response>\n", 1)[-1].split("\n</tool_response>", 1)[0]
+
+
+def tell(problem: Problem, rng: np.random.Generator) -> Problem:
+    """The same problem with the call to make spelled out in the question: what the base learns to follow."""
+    habit = int(rng.integers(len(HABITS) - 1)) if problem.plaque is not None else int(rng.integers(len(HABITS)))
+    if problem.plaque is not None:
+        order = ("Zoom in on it.", "Zoom in on everything.", "Zoom in on it and what is beside it.")[habit]
+    elif problem.family == "computation":
+        order = f"Run {_codes(problem)[habit]}."
+    else:
+        order = f"Search for {_queries(problem)[habit]}."
+    (message,) = problem.question.messages
+    content = [*message["content"][:-1], {"type": "text", "text": f"{message['content'][-1]['text']} {order}"}]
+    question = replace(problem.question, messages=[{"role": "user", "content": content}])
+    return replace(problem, question=question, habit=habit)
 
 
 def _pick(rng: np.random.Generator, thoughts: tuple[str, ...]) -> str:
@@ -121,17 +136,15 @@ def _zoom(problem: Problem, habit: int, rng: np.random.Generator) -> str:
     return zoom_call(box, problem.plaque.name)
 
 
-def _code(problem: Problem, habit: int) -> str:
+def _codes(problem: Problem) -> tuple[str, ...]:
     a, b, divisor = problem.factors
-    code = (
+    return (
         f"print({a} * {b} % {divisor})",
         f"print({a} * {b})",
         f"print({a} + {b} % {divisor})",
         f"print({a} * {b} // {divisor})",
-    )[habit]
-    return call_text("python", {"code": code})
+    )
 
 
-def _query(problem: Problem, habit: int) -> str:
-    query = (problem.land, problem.fact, f"{problem.fact} of the land", problem.land[:3])[habit]
-    return call_text("search", {"query": query})
+def _queries(problem: Problem) -> tuple[str, ...]:
+    return (problem.land, problem.fact, f"{problem.fact} of the land", problem.land[:3])

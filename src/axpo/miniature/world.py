@@ -16,8 +16,9 @@ import numpy as np
 from axpo.miniature.scene import COLOURS, GRID, SHAPES, Plaque, draw_scene
 from axpo.questions import Question
 
-Split = Literal["train", "teacher", "held_out", "tuning"]
-SPLITS: tuple[Split, ...] = get_args(Split)  # "tuning" is for whoever changes the world or its settings
+# "tuning" is for whoever changes the world or its settings; "base" asks for the lands of another corpus.
+Split = Literal["train", "teacher", "held_out", "tuning", "base"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 FAMILIES = ("perception", "computation", "lookup")
 FAVOURED = 0.4  # how often a digit or a fact is the usual one
 DIVISORS = (6, 8, 9, 12)
@@ -45,6 +46,7 @@ class Problem:
     factors: tuple[int, int, int] = (0, 0, 0)  # computation: a, b, divisor
     land: str = ""  # lookup
     fact: str = ""
+    habit: int | None = None  # the one of the teacher's habits that the question tells it to follow
 
 
 def favourite_digit(colour: str) -> int:
@@ -83,9 +85,12 @@ def describe(land: str, facts: dict[str, str]) -> dict[str, str]:
 
 
 @cache
-def lands() -> dict[str, dict[str, str]]:
-    """All lands and their facts; the last `HELD_OUT_LANDS` of them are never asked for in training."""
-    rng = np.random.default_rng(_CORPUS_SEED)
+def lands(base: bool = False) -> dict[str, dict[str, str]]:
+    """All lands and their facts; the last `HELD_OUT_LANDS` of them are never asked for in training.
+
+    Those of the `base` are others, so that it knows nothing of these.
+    """
+    rng = np.random.default_rng([_CORPUS_SEED, int(base)])
     found: dict[str, dict[str, str]] = {}
     while len(found) < LANDS:
         name = sample_land(rng)
@@ -94,9 +99,9 @@ def lands() -> dict[str, dict[str, str]]:
     return found
 
 
-def corpus() -> list[dict[str, str]]:
+def corpus(base: bool = False) -> list[dict[str, str]]:
     """The documents that the search tool searches."""
-    return [describe(land, facts) for land, facts in lands().items()]
+    return [describe(land, facts) for land, facts in lands(base).items()]
 
 
 def sample_problems(count: int, seed: int, split: Split = "train") -> list[Problem]:
@@ -106,7 +111,7 @@ def sample_problems(count: int, seed: int, split: Split = "train") -> list[Probl
     for index in range(count):
         family = FAMILIES[index % len(FAMILIES)]
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
-        problems.append(makers[family](f"{split}-{seed}-{index}", rng, split == "held_out"))
+        problems.append(makers[family](f"{split}-{seed}-{index}", rng, split))
     return problems
 
 
@@ -115,7 +120,7 @@ def _question(name: str, family: str, text: str, answer: str, images: tuple[byte
     return Question(name, [{"role": "user", "content": content}], images, answer, family=family)
 
 
-def _perception(name: str, rng: np.random.Generator, held_out: bool) -> Problem:
+def _perception(name: str, rng: np.random.Generator, split: Split) -> Problem:
     scene = sample_scene(rng)
     target = scene[0]
     text = f"Which digit is on the {target.name} in {target.place}?"
@@ -123,16 +128,16 @@ def _perception(name: str, rng: np.random.Generator, held_out: bool) -> Problem:
     return Problem(question, "perception", str(favourite_digit(target.colour)), plaque=target)
 
 
-def _computation(name: str, rng: np.random.Generator, held_out: bool) -> Problem:
+def _computation(name: str, rng: np.random.Generator, split: Split) -> Problem:
     a, b, divisor = int(rng.integers(12, 100)), int(rng.integers(12, 100)), int(rng.choice(DIVISORS))
     text = f"What is the remainder of {a} * {b} divided by {divisor}?"
     question = _question(name, "computation", text, str(a * b % divisor))
     return Problem(question, "computation", "0", factors=(a, b, divisor))
 
 
-def _lookup(name: str, rng: np.random.Generator, held_out: bool) -> Problem:
-    names = list(lands())
-    asked = names[-HELD_OUT_LANDS:] if held_out else names[:-HELD_OUT_LANDS]
+def _lookup(name: str, rng: np.random.Generator, split: Split) -> Problem:
+    known = lands(base=split == "base")
+    asked = list(known)[-HELD_OUT_LANDS:] if split == "held_out" else list(known)[:-HELD_OUT_LANDS]
     land, fact = str(rng.choice(asked)), str(rng.choice(list(FACTS)))
-    question = _question(name, "lookup", f"What is the {fact} of {land}?", lands()[land][fact])
+    question = _question(name, "lookup", f"What is the {fact} of {land}?", known[land][fact])
     return Problem(question, "lookup", FACTS[fact][0], land=land, fact=fact)
