@@ -48,3 +48,8 @@ def test_steps_too_small_for_bfloat16_add_up(make_model: Callable) -> None:
         optimizer.step()
     assert parameter.dtype == torch.bfloat16
     torch.testing.assert_close(parameter.float().mean().item(), 0.99, atol=2e-3, rtol=0)
+
+
+def test_the_learning_rate_falls_to_nothing_where_the_end_is_known(make_model: Callable) -> None:
+    optimizer = Optimizer(make_model(), 0.3, warmup_steps=1, total_steps=4)
+    assert rates(optimizer, 5) == pytest.approx([0.15, 0.225, 0.15, 0.075, 0.0])

@@ -166,7 +166,7 @@ class SftConfig(_Section):
     batch: Integer = Field(default=64, ge=1)
     """Questions a step, with all their trajectories (those of a file are one each). Default: 64."""
     learning_rate: Real = Field(default=1e-5, gt=0)
-    """AdamW's learning rate after the warm-up. Default: 1e-5 (usual for full fine-tuning)."""
+    """AdamW's learning rate after the warm-up; from there it falls linearly to 0. Default: 1e-5 (usual)."""
     warmup_steps: Integer = Field(default=50, ge=0)
     """Optimizer steps over which the learning rate rises from 0. Default: 50."""
 

@@ -5,7 +5,10 @@ from transformers import PreTrainedModel
 
 
 class Optimizer:
-    """Steps a model's trainable parameters; the learning rate rises linearly over `warmup_steps`, then stays."""
+    """Steps a model's trainable parameters.
+
+    The learning rate rises linearly over `warmup_steps`; then it stays, or falls linearly to nothing at `total_steps`.
+    """
 
     def __init__(
         self,
@@ -14,6 +17,7 @@ class Optimizer:
         warmup_steps: int = 0,
         weight_decay: float = 0.0,
         grad_clip: float = 1.0,
+        total_steps: int | None = None,
     ) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # A usual step is smaller than bfloat16 can add to a weight: it is added to a float32 copy.
@@ -22,6 +26,7 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(stepped, lr=learning_rate, weight_decay=weight_decay)
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
         self.grad_clip = grad_clip
         self.steps = 0
 
@@ -32,7 +37,7 @@ class Optimizer:
         """
         self.steps += 1
         for group in self.adamw.param_groups:
-            group["lr"] = self.learning_rate * min(1.0, self.steps / (self.warmup_steps + 1))
+            group["lr"] = self.learning_rate * self._share()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip))
         if norm < float("inf"):
             for parameter, copy in self.copies.items():
@@ -43,3 +48,9 @@ class Optimizer:
         for parameter in self.parameters:
             parameter.grad = None
         return norm
+
+    def _share(self) -> float:
+        rising = min(1.0, self.steps / (self.warmup_steps + 1))
+        if self.total_steps is None:
+            return rising
+        return min(rising, max(0.0, (self.total_steps + 1 - self.steps) / (self.total_steps - self.warmup_steps + 1)))

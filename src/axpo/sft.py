@@ -54,7 +54,12 @@ def sft_steps(
         raise DataError("there is no trajectory to learn from")
     options = config.sft
     optimizer = Optimizer(
-        model, options.learning_rate, options.warmup_steps, config.train.weight_decay, config.train.grad_clip
+        model,
+        options.learning_rate,
+        options.warmup_steps,
+        config.train.weight_decay,
+        config.train.grad_clip,
+        total_steps=options.steps,
     )
     banned = banned_tokens(chat, model)
     rng = np.random.default_rng(config.seed)
