@@ -1,8 +1,6 @@
-"""Trees to packed batches: every token is computed once, forward and backward.
+"""Trees to packs: every token is computed once, forward and backward.
 
-A tree is laid out depth first. Then the tokens below a segment follow it in one run, and "key k is an ancestor
-of query q, or q itself" is two comparisons: k ≤ q < until[k], where `until` is the end of k's subtree.
-Several trees may share a row, as their runs do not overlap, and several rows make a batch.
+A tree is laid out depth first, several trees one after another, and attention follows the tree (attention.py).
 """
 
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from axpo.attention import TreeMask
 from axpo.chat import Chat
 from axpo.policy import forward_logits, policy_logprobs
 from axpo.positions import mrope_positions
@@ -22,25 +21,18 @@ from axpo.tree import Image, RolloutTree, Segment
 
 @dataclass(frozen=True)
 class Pack:
-    """R rows of L tokens, and the n trained tokens among them."""
+    """L tokens of some trees, and the n trained tokens among them."""
 
-    ids: Tensor  # (R, L)
-    positions: Tensor  # (3, R, L)
-    until: Tensor  # (R, L) one past the subtree of the token's segment
-    images: tuple[Image, ...]  # row by row, in order
-    keep: Tensor  # (R, L) bool: tokens whose next-token distribution is needed, m of them
+    ids: Tensor  # (L,)
+    positions: Tensor  # (3, L)
+    until: Tensor  # (L,) one past the subtree of the token's segment
+    images: tuple[Image, ...]  # in order
+    keep: Tensor  # (m,) the tokens whose next-token distribution is needed
     sources: Tensor  # (n,) which of the m kept distributions predicts the trained token
     targets: Tensor  # (n,) the trained tokens
     old_logprobs: Tensor  # (n,) under the sampling distribution
     advantages: Tensor  # (n,)
     stream_tokens: Tensor  # (n,) length of the stream that the token is averaged in
-    tokens: int  # without padding
-
-    def mask(self) -> Tensor:
-        """(R, 1, L, L), True where a query may attend to a key. (On CUDA, the same rule is a flex-attention mask.)"""
-        order = torch.arange(self.ids.shape[1])
-        visible = (order[None, None, :] <= order[None, :, None]) & (order[None, :, None] < self.until[:, None, :])
-        return visible[:, None]
 
 
 @dataclass(frozen=True)
@@ -59,32 +51,21 @@ class _Flat:
 
 
 def pack_trees(trees: Sequence[RolloutTree], chat: Chat, token_limit: int) -> list[Pack]:
-    """Pack the credited part of the trees into batches of at most `token_limit` tokens, padding included.
+    """Pack the credited part of the trees, largest first, into as few packs of at most `token_limit` tokens as fit.
 
     Segments with no credit in or below them (a source's failed continuation, void rollouts) are left out. A
-    tree larger than the limit makes a batch of its own.
+    tree larger than the limit makes a pack of its own.
     """
     flat = [_flatten(tree, chat) for tree in trees if any(s.credit for s in tree.segments())]
-    rows: list[list[_Flat]] = []
-    width = min(token_limit, max((len(f.ids) for f in flat), default=0))
+    packs: list[list[_Flat]] = []
     for item in sorted(flat, key=lambda f: -len(f.ids)):
-        fitting = (row for row in rows if _width(row) + len(item.ids) <= width)
-        row = next(fitting, None)
-        if row is None:
-            rows.append([item])
+        fitting = (pack for pack in packs if sum(len(f.ids) for f in pack) + len(item.ids) <= token_limit)
+        pack = next(fitting, None)
+        if pack is None:
+            packs.append([item])
         else:
-            row.append(item)
-    batches: list[list[list[_Flat]]] = []
-    for row in sorted(rows, key=_width, reverse=True):  # so the first row of a batch is its widest
-        if batches and (len(batches[-1]) + 1) * _width(batches[-1][0]) <= token_limit:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return [_pack(batch) for batch in batches]
-
-
-def _width(row: Sequence[_Flat]) -> int:
-    return sum(len(flat.ids) for flat in row)
+            pack.append(item)
+    return [_join(pack) for pack in packs]
 
 
 def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
@@ -130,41 +111,28 @@ def _needed(segment: Segment) -> bool:
     return segment.credit is not None or any(_needed(child) for child in segment.children)
 
 
-def _pack(rows: Sequence[Sequence[_Flat]]) -> Pack:
-    width = max(map(_width, rows))
-    ids = np.zeros((len(rows), width), np.int64)
-    positions = np.zeros((3, len(rows), width), np.int64)
-    until = np.tile(np.arange(1, width + 1), (len(rows), 1))  # padding is seen by nothing but itself
-    sources, targets = [], []
-    for index, row in enumerate(rows):
-        start = 0
-        for flat in row:
-            here = slice(start, start + len(flat.ids))
-            ids[index, here], until[index, here] = flat.ids, flat.until + start
-            positions[:, index, here] = flat.positions
-            sources.append(flat.sources + index * width + start)
-            targets.append(flat.trained + index * width + start)
-            start += len(flat.ids)
-    items = [flat for row in rows for flat in row]
-    kept, source_index = np.unique(np.concatenate(sources), return_inverse=True)
-    keep = np.zeros(ids.size, np.bool_)
-    keep[kept] = True
+def _join(items: Sequence[_Flat]) -> Pack:
+    starts = np.cumsum([0, *(len(flat.ids) for flat in items)])[:-1]
 
-    def joined(values: list[npt.NDArray[np.float64]]) -> Tensor:
+    def shifted(values: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+        return np.concatenate([value + start for value, start in zip(values, starts, strict=True)])
+
+    def joined(values: Sequence[npt.NDArray[np.floating]]) -> Tensor:
         return torch.from_numpy(np.concatenate(values).astype(np.float64))
 
+    ids = np.concatenate([flat.ids for flat in items])
+    kept, sources = np.unique(shifted([flat.sources for flat in items]), return_inverse=True)
     return Pack(
         ids=torch.from_numpy(ids),
-        positions=torch.from_numpy(positions),
-        until=torch.from_numpy(until),
+        positions=torch.from_numpy(np.concatenate([flat.positions for flat in items], axis=1)),
+        until=torch.from_numpy(shifted([flat.until for flat in items])),
         images=tuple(image for flat in items for image in flat.images),
-        keep=torch.from_numpy(keep.reshape(ids.shape)),
-        sources=torch.from_numpy(source_index),
-        targets=torch.from_numpy(ids.reshape(-1)[np.concatenate(targets)]),
-        old_logprobs=joined([flat.old_logprobs.astype(np.float64) for flat in items]),
+        keep=torch.from_numpy(kept),
+        sources=torch.from_numpy(sources),
+        targets=torch.from_numpy(ids[shifted([flat.trained for flat in items])]),
+        old_logprobs=joined([flat.old_logprobs for flat in items]),
         advantages=joined([flat.advantages for flat in items]),
         stream_tokens=joined([flat.stream_tokens for flat in items]),
-        tokens=sum(len(flat.ids) for flat in items),
     )
 
 
@@ -175,8 +143,8 @@ def pack_logprobs(model: PreTrainedModel, pack: Pack, chat: Chat, banned: Tensor
     """
     device = model.device
     images = chat.pixels(pack.images) if pack.images else None
-    logits = forward_logits(
-        model, pack.ids.to(device), pack.positions.to(device), pack.mask().to(device), images, pack.keep.to(device)
-    )
+    mask = TreeMask.of(pack.until.to(device), model.dtype)
+    ids, positions = pack.ids[None].to(device), pack.positions[:, None].to(device)
+    logits = forward_logits(model, ids, positions, mask, images, pack.keep.to(device))[0]
     logprobs = policy_logprobs(logits, banned, temperature)
     return logprobs[pack.sources.to(device), pack.targets.to(device)]

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from axpo import attention
+from axpo.attention import TreeMask
 from axpo.chat import Chat
 
 
@@ -43,7 +45,21 @@ def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device: st
         model: PreTrainedModel = family.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise PolicyError(f"{path} is not a checkpoint that can be opened: {error}") from error
+    use_tree_attention(model)
     return model.to(device).eval()  # type: ignore[arg-type, no-any-return]
+
+
+def use_tree_attention(model: PreTrainedModel) -> None:
+    """Let the language model attend through attention.py, which is SDPA wherever there is no tree.
+
+    Raises PolicyError for an architecture that does not call transformers' attention interface.
+    """
+    if model.config.get_text_config()._attn_implementation == attention.NAME:
+        return
+    if not model._supports_attention_backend:
+        raise PolicyError(f"{type(model).__name__} does not go through transformers' attention interface")
+    text = getattr(model.config, "text_config", None)
+    model.set_attn_implementation(attention.NAME if text is None else {"text_config": attention.NAME})
 
 
 def banned_tokens(chat: Chat, model: PreTrainedModel) -> Tensor:
@@ -71,7 +87,7 @@ def forward_logits(
     model: PreTrainedModel,
     ids: Tensor,
     positions: Tensor,
-    mask: Tensor,
+    mask: Tensor | TreeMask,
     images: ImageFeatures | tuple[Tensor, Tensor] | None = None,
     keep: Tensor | None = None,
     past: Any = None,
@@ -79,7 +95,8 @@ def forward_logits(
     """The next-token logits, (B, T or kept, V).
 
     `ids` (B, T); `positions` (3, B, T) as `mrope_positions` gives them, of which a text-only model takes the
-    first axis; `mask` (B, 1, T, S), True where a query may attend to a key, or what is added to the scores;
+    first axis; `mask` (B, 1, T, S), True where a query may attend to a key, or what is added to the scores, or that
+    of a pack (then B is 1);
     `images` the features, or (patches, grids), of all images whose placeholders are in `ids`, in row order;
     `keep` the token indices to compute logits for, (n,) or (B, n); `past` the cache that holds the S - T keys before.
     The `rope_deltas` that the model object remembers are neither read nor written.
@@ -92,12 +109,13 @@ def forward_logits(
     if keep is not None:
         inputs["logits_to_keep"] = keep
     sees = getattr(model.config, "vision_config", None) is not None
-    if mask.dtype == torch.bool and model.config._attn_implementation == "eager":
-        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    if isinstance(mask, TreeMask):
+        use_tree_attention(model)
+        inputs["tree"] = mask
     output = model(
         input_ids=ids,
         position_ids=positions if sees else positions[0],
-        attention_mask=mask,
+        attention_mask=None if isinstance(mask, TreeMask) else mask,
         past_key_values=past,
         use_cache=past is not None,
         **inputs,

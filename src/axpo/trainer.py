@@ -116,7 +116,7 @@ class Trainer:
             "kl": sum(kl * count for kl, count in divergences) / trained if trained else None,
             "grad_norm": max(norms, default=None),
             "trained_tokens": trained,
-            "packed_tokens": sum(pack.tokens for part in packs for pack in part),
+            "packed_tokens": sum(len(pack.ids) for part in packs for pack in part),
         }
 
     def fixed_logprobs(self, pack: Pack) -> tuple[Tensor, Tensor | None]:

@@ -61,7 +61,7 @@ def test_the_right_call_settles_every_question(problems: list[Problem]) -> None:
             else:
                 result = await toolbox.call("search", {"query": problem.land}, conversation)
                 assert result.text.startswith(f"1. {problem.land}:")
-                assert f"The {problem.fact} of {problem.land} is {problem.question.answer}." in result.text
+                assert f"Its {problem.fact} is {problem.question.answer}." in result.text
 
     toolbox = Toolbox(tools())
     for problem in problems[:30]:

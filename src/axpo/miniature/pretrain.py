@@ -53,13 +53,15 @@ WARM_UP = 50
 COOL_DOWN = 0.3  # of the steps, at the end
 
 
-TOLD_PROBLEMS = 1800
+TOLD_CORPORA = 16
+TOLD_PROBLEMS = 384  # of each corpus
+TOGETHER = 8
 TOLD_OPTIONS = [
-    "sft.steps=220",
-    "sft.batch=16",
+    "sft.steps=900",
+    "sft.batch=3",
     "sft.learning_rate=0.001",
     "sft.warmup_steps=10",
-    "train.pack_tokens=4096",
+    "train.pack_tokens=5000",
 ]
 
 
@@ -173,7 +175,7 @@ def make_tree(
         pictures = [*shared, *exchange.images]
         content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": exchange.asked}]
         ids, images = chat.prompt([{"role": "user", "content": content}], pictures, tools)
-        start = ids.index(chat.tokenizer.convert_tokens_to_ids("<|im_start|>"), 1 if tools else 0) + 3  # "user\n"
+        start = user_starts(chat, ids) if tools else 3
         start += sum(image.tokens + 2 for image in images[: len(shared)])  # and vision start and end
         if tree is None:
             tree = RolloutTree("pretraining", ids[:start], images[: len(shared)])
@@ -291,27 +293,45 @@ def train_told(out: Path) -> None:
 
     So the base can act and read what comes back; which call helps, it is never shown.
     """
-    rng = np.random.default_rng(3)
-    problems = [tell(problem, rng) for problem in sample_problems(TOLD_PROBLEMS, 0, "base")]
     chat, model = Chat.from_pretrained(out), load_policy(out)
-    toolbox = Toolbox(tools(base=True))
-    agent = Agent(Teacher(problems, chat), chat, toolbox, Sampling(), Limits())
-
-    async def write() -> list[RolloutTree]:
-        trees = []
-        for index, problem in enumerate(problems):
-            tree = agent.new_tree(problem.question)
-            await agent.draw((tree, problem.question), tree.root, range(1), (0, index))
-            trees.append(imitate(tree, tree.leaves()))
-        return trees
-
-    trees = asyncio.run(write())
-    config = load_config(None, TOLD_OPTIONS)
+    trees = [tree for number in range(1, TOLD_CORPORA + 1) for tree in asyncio.run(told(chat, number))]
+    print(f"told: {len(trees) * TOGETHER} exchanges", flush=True)
     started = time.time()
-    for figures in sft_steps(config, model, chat, trees):
+    for figures in sft_steps(load_config(None, TOLD_OPTIONS), model, chat, trees):
         if figures["step"] % 25 == 0:
             print(f"told {figures['step']} {time.time() - started:.0f}s {figures['loss']:.4f}", flush=True)
     save_base(model, chat, out)
+
+
+async def told(chat: Chat, number: int) -> list[RolloutTree]:
+    """Exchanges about the corpus of this number, `TOGETHER` in a tree that shares what the prompt says of the tools."""
+    rng = np.random.default_rng([3, number])
+    problems = [tell(problem, rng) for problem in sample_problems(TOLD_PROBLEMS, number, "base")]
+    agent = Agent(Teacher(problems, chat), chat, Toolbox(tools(number)), Sampling(), Limits())
+    shared = agent.new_tree(problems[0].question).root.ids.tolist()
+    shared = shared[: user_starts(chat, shared)]
+    trees = []
+    for index, problem in enumerate(problems):
+        if index % TOGETHER == 0:
+            trees.append(RolloutTree("told", shared))
+        tree = agent.new_tree(problem.question)
+        await agent.draw((tree, problem.question), tree.root, range(1), (0, index))
+        graft(imitate(tree, tree.leaves()), trees[-1])
+    return trees
+
+
+def graft(branch: RolloutTree, tree: RolloutTree) -> None:
+    """Hang a tree of one rollout, whose prompt begins with that of `tree`, below it."""
+    (leaf,) = branch.leaves()
+    end = tree.append(tree.root, Kind.OBSERVATION, branch.root.ids[len(tree.root) :], images=branch.root.images)
+    for segment in leaf.path()[1:]:
+        end = tree.append(end, segment.kind, segment.ids, segment.logprobs, segment.images)
+        end.credit = segment.credit
+
+
+def user_starts(chat: Chat, prompt: list[int]) -> int:
+    """Where in a prompt with tools the user's message begins: what stands before is the same for all."""
+    return prompt.index(chat.tokenizer.convert_tokens_to_ids("<|im_start|>"), 1) + 3  # "user\n"
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from axpo.tools.search import make_search
 from axpo.tools.zoom import make_zoom
 
 
-def tools(base: bool = False) -> list[Tool]:
-    """Zoom, Python, and search over the world's corpus, or that of the base."""
-    return [make_zoom(SIDE * SIDE), make_python(), make_search(corpus(base), 2)]
+def tools(number: int = 0) -> list[Tool]:
+    """Zoom, Python, and search over the corpus of this number (0: the world's)."""
+    return [make_zoom(SIDE * SIDE), make_python(), make_search(corpus(number), 2)]
 
 
 def call_text(name: str, arguments: dict[str, object]) -> str:

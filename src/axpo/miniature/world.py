@@ -16,7 +16,8 @@ import numpy as np
 from axpo.miniature.scene import COLOURS, GRID, SHAPES, Plaque, draw_scene
 from axpo.questions import Question
 
-# "tuning" is for whoever changes the world or its settings; "base" asks for the lands of another corpus.
+# "tuning" is for whoever changes the world or its settings; "base" asks for the lands of other corpora,
+# one for each seed from 1 on.
 Split = Literal["train", "teacher", "held_out", "tuning", "base"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 FAMILIES = ("perception", "computation", "lookup")
@@ -80,17 +81,17 @@ def sample_facts(rng: np.random.Generator, favoured: float = FAVOURED) -> dict[s
 
 def describe(land: str, facts: dict[str, str]) -> dict[str, str]:
     """The land's document, as the search tool's corpus takes it."""
-    text = " ".join(f"The {kind} of {land} is {value}." for kind, value in facts.items())
+    text = " ".join(f"Its {kind} is {value}." for kind, value in facts.items())
     return {"title": land, "text": text}
 
 
 @cache
-def lands(base: bool = False) -> dict[str, dict[str, str]]:
+def lands(number: int = 0) -> dict[str, dict[str, str]]:
     """All lands and their facts; the last `HELD_OUT_LANDS` of them are never asked for in training.
 
-    Those of the `base` are others, so that it knows nothing of these.
+    Number 0 is the world's; the others are for the base, so that it learns to look facts up and knows none of them.
     """
-    rng = np.random.default_rng([_CORPUS_SEED, int(base)])
+    rng = np.random.default_rng([_CORPUS_SEED, number])
     found: dict[str, dict[str, str]] = {}
     while len(found) < LANDS:
         name = sample_land(rng)
@@ -99,9 +100,9 @@ def lands(base: bool = False) -> dict[str, dict[str, str]]:
     return found
 
 
-def corpus(base: bool = False) -> list[dict[str, str]]:
+def corpus(number: int = 0) -> list[dict[str, str]]:
     """The documents that the search tool searches."""
-    return [describe(land, facts) for land, facts in lands(base).items()]
+    return [describe(land, facts) for land, facts in lands(number).items()]
 
 
 def sample_problems(count: int, seed: int, split: Split = "train") -> list[Problem]:
@@ -111,7 +112,7 @@ def sample_problems(count: int, seed: int, split: Split = "train") -> list[Probl
     for index in range(count):
         family = FAMILIES[index % len(FAMILIES)]
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
-        problems.append(makers[family](f"{split}-{seed}-{index}", rng, split))
+        problems.append(makers[family](f"{split}-{seed}-{index}", rng, split, seed))
     return problems
 
 
@@ -120,7 +121,7 @@ def _question(name: str, family: str, text: str, answer: str, images: tuple[byte
     return Question(name, [{"role": "user", "content": content}], images, answer, family=family)
 
 
-def _perception(name: str, rng: np.random.Generator, split: Split) -> Problem:
+def _perception(name: str, rng: np.random.Generator, split: Split, seed: int) -> Problem:
     scene = sample_scene(rng)
     target = scene[0]
     text = f"Which digit is on the {target.name} in {target.place}?"
@@ -128,15 +129,15 @@ def _perception(name: str, rng: np.random.Generator, split: Split) -> Problem:
     return Problem(question, "perception", str(favourite_digit(target.colour)), plaque=target)
 
 
-def _computation(name: str, rng: np.random.Generator, split: Split) -> Problem:
+def _computation(name: str, rng: np.random.Generator, split: Split, seed: int) -> Problem:
     a, b, divisor = int(rng.integers(12, 100)), int(rng.integers(12, 100)), int(rng.choice(DIVISORS))
     text = f"What is the remainder of {a} * {b} divided by {divisor}?"
     question = _question(name, "computation", text, str(a * b % divisor))
     return Problem(question, "computation", "0", factors=(a, b, divisor))
 
 
-def _lookup(name: str, rng: np.random.Generator, split: Split) -> Problem:
-    known = lands(base=split == "base")
+def _lookup(name: str, rng: np.random.Generator, split: Split, seed: int) -> Problem:
+    known = lands(seed if split == "base" else 0)
     asked = list(known)[-HELD_OUT_LANDS:] if split == "held_out" else list(known)[:-HELD_OUT_LANDS]
     land, fact = str(rng.choice(asked)), str(rng.choice(list(FACTS)))
     question = _question(name, "lookup", f"What is the {fact} of {land}?", known[land][fact])
