@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,12 @@ QUESTIONS: list[dict[str, Any]] = [
     {"question": "Which colour is it?", "answer": ["red", "crimson"], "images": ["1.png"], "family": "colours"},
     {"question": "What is 2 + 2?", "answer": 4},
 ]
+SHORT_QUICKSTART = """
+from axpo import cli
+from axpo.miniature import quickstart
+quickstart.TEACHER_PROBLEMS = 6
+cli.app()
+"""
 CALL = '<tool_call>\n{"name": "count_letters", "arguments": {"text": "red"}}\n</tool_call>'
 TRAJECTORIES: list[dict[str, Any]] = [
     {
@@ -240,6 +247,20 @@ def test_quickstart_goes_from_the_base_to_the_table(tmp_path: Path, monkeypatch:
         assert told in result.stdout
     assert succeed("eval", run, "--checkpoint", "sft", "eval.samples=1").exit_code == 0
     assert json.loads((run / "eval" / "summary.json").read_text()).keys() == {"sft"}
+
+
+def test_the_same_seed_gives_the_same_metrics_byte_for_byte_but_for_times(tmp_path: Path):
+    options = "seed=3 threads=1 rollout.questions=3 rollout.rollouts=3 method.budget=0.5 train.steps=2 sft.steps=2"
+    options += " rollout.max_tokens=48 eval.questions=3"
+    written = []
+    for name in ("one", "other"):  # processes of their own, with hash seeds of their own
+        command = [sys.executable, "-c", SHORT_QUICKSTART, "quickstart", *options.split(), f"output={tmp_path / name}"]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        written.append(re.sub(r'"\w*seconds": [^,}]+', "", text))
+    assert written[0].count("\n") > 3
+    assert "tool_use" in written[0]
+    assert written[0] == written[1]
 
 
 def test_help_and_mistakes_in_a_config_come_without_torch():
