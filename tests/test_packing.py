@@ -163,6 +163,30 @@ def test_no_pack_passes_the_limit_but_for_a_tree_that_does_alone(chat: Chat) -> 
     assert [len(pack.ids) for pack in pack_trees(trees, chat, token_limit=75)] == [100, 73, 40]
 
 
+def test_what_all_prompts_begin_with_is_packed_once(chat: Chat) -> None:
+    trees = []
+    for prompt in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3]):
+        tree = RolloutTree("q", prompt)
+        policy(tree, tree.root, np.random.default_rng(len(trees)), 2).credit = Credit(1.0, 2)
+        trees.append(tree)
+    (pack,) = pack_trees(trees, chat, token_limit=12)
+    assert pack.ids[[0, 1, 2, 3, 6, 9]].tolist() == [1, 2, 3, 4, 5, 3]
+    assert pack.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 2, 3, 4]
+    assert pack.until.tolist() == [12, 12, 6, 6, 6, 6, 9, 9, 9, 12, 12, 12]
+    assert pack.keep[pack.sources].tolist() == [3, 4, 6, 7, 9, 10]
+    assert [len(p.ids) for p in pack_trees(trees, chat, token_limit=11)] == [9, 5]
+
+
+def test_the_last_token_of_a_prompt_is_never_shared(chat: Chat) -> None:
+    trees = []
+    for seed in range(2):
+        tree = RolloutTree("q", [1, 2, 3])
+        policy(tree, tree.root, np.random.default_rng(seed), 2).credit = Credit(1.0, 2)
+        trees.append(tree)
+    (pack,) = pack_trees(trees, chat, token_limit=100)
+    assert pack.ids.tolist()[:3] + pack.ids.tolist()[5:6] == [1, 2, 3, 3]
+
+
 def test_nothing_credited_gives_no_packs(chat: Chat) -> None:
     assert pack_trees([forked_tree(chat, 0)], chat, 1000) == []
 

@@ -1,6 +1,7 @@
 """Trees to packs: every token is computed once, forward and backward.
 
-A tree is laid out depth first, several trees one after another, and attention follows the tree (attention.py).
+A tree is laid out depth first, several trees one after another, and attention follows the tree (attention.py). What
+all prompts begin with (the system's words, the tools) is laid out once a pack, as if its trees were one.
 """
 
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ class _Flat:
     """One tree laid flat; indices are relative to its first token."""
 
     ids: npt.NDArray[np.int64]
+    text: int  # so many first tokens are text of the prompt, with more of the prompt behind them
     positions: npt.NDArray[np.int64]
     until: npt.NDArray[np.int64]
     images: tuple[Image, ...]
@@ -57,15 +59,23 @@ def pack_trees(trees: Sequence[RolloutTree], chat: Chat, token_limit: int) -> li
     tree larger than the limit makes a pack of its own.
     """
     flat = [_flatten(tree, chat) for tree in trees if any(s.credit for s in tree.segments())]
+    shared = _shared(flat)
     packs: list[list[_Flat]] = []
     for item in sorted(flat, key=lambda f: -len(f.ids)):
-        fitting = (pack for pack in packs if sum(len(f.ids) for f in pack) + len(item.ids) <= token_limit)
+        fitting = (pack for pack in packs if shared + sum(len(f.ids) - shared for f in [*pack, item]) <= token_limit)
         pack = next(fitting, None)
         if pack is None:
             packs.append([item])
         else:
             pack.append(item)
-    return [_join(pack) for pack in packs]
+    return [_join(pack, shared) for pack in packs]
+
+
+def _shared(flat: Sequence[_Flat]) -> int:
+    """How many first tokens all prompts have in common."""
+    width = min((f.text for f in flat), default=0)
+    same = np.all([f.ids[:width] == flat[0].ids[:width] for f in flat], axis=0)
+    return width if np.all(same) else int(np.argmin(same))
 
 
 def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
@@ -94,8 +104,11 @@ def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
         before[0] = starts[segment.parent] + len(segment.parent) - 1
         targets.append(inside)
         sources.append(before)
+    root = tree.root.ids
+    images = np.flatnonzero(root[:-1] == chat.image_token_id)
     return _Flat(
         ids=np.concatenate([s.ids for s in order]),
+        text=int(images[0]) if len(images) else len(root) - 1,
         positions=np.concatenate(positions, axis=1),
         until=np.concatenate([np.full(len(s), ends[s]) for s in order]),
         images=tuple(image for s in order for image in s.images),
@@ -111,25 +124,30 @@ def _needed(segment: Segment) -> bool:
     return segment.credit is not None or any(_needed(child) for child in segment.children)
 
 
-def _join(items: Sequence[_Flat]) -> Pack:
-    starts = np.cumsum([0, *(len(flat.ids) for flat in items)])[:-1]
+def _join(items: Sequence[_Flat], shared: int) -> Pack:
+    own = [len(flat.ids) - shared for flat in items]
+    offsets = np.cumsum([0, *own])[:-1]
 
-    def shifted(values: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-        return np.concatenate([value + start for value, start in zip(values, starts, strict=True)])
+    def moved(values: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+        return np.concatenate([value + offset for value, offset in zip(values, offsets, strict=True)])
+
+    def laid_out(values: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+        return np.concatenate([values[0][..., :shared], *(value[..., shared:] for value in values)], axis=-1)
 
     def joined(values: Sequence[npt.NDArray[np.floating]]) -> Tensor:
         return torch.from_numpy(np.concatenate(values).astype(np.float64))
 
-    ids = np.concatenate([flat.ids for flat in items])
-    kept, sources = np.unique(shifted([flat.sources for flat in items]), return_inverse=True)
+    ids = laid_out([flat.ids for flat in items])
+    until = moved([flat.until[shared:] for flat in items])
+    kept, sources = np.unique(moved([flat.sources for flat in items]), return_inverse=True)
     return Pack(
         ids=torch.from_numpy(ids),
-        positions=torch.from_numpy(np.concatenate([flat.positions for flat in items], axis=1)),
-        until=torch.from_numpy(shifted([flat.until for flat in items])),
+        positions=torch.from_numpy(laid_out([flat.positions for flat in items])),
+        until=torch.from_numpy(np.concatenate([np.full(shared, len(ids)), until])),
         images=tuple(image for flat in items for image in flat.images),
         keep=torch.from_numpy(kept),
         sources=torch.from_numpy(sources),
-        targets=torch.from_numpy(ids[shifted([flat.trained for flat in items])]),
+        targets=torch.from_numpy(ids[moved([flat.trained for flat in items])]),
         old_logprobs=joined([flat.old_logprobs for flat in items]),
         advantages=joined([flat.advantages for flat in items]),
         stream_tokens=joined([flat.stream_tokens for flat in items]),
