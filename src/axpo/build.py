@@ -53,7 +53,7 @@ def _questions(source: Source, held_out: bool, seed: int) -> list[Question] | No
     if isinstance(source, Path):
         return load_questions(source)
     if held_out:  # the same ones whatever the seed, so that runs can be compared
-        return [problem.question for problem in sample_problems(MINIATURE_HELD_OUT, 0, "held_out")]
+        return [problem.question for problem in sample_problems(MINIATURE_HELD_OUT, 1, "held_out")]
     return [problem.question for problem in sample_problems(MINIATURE_QUESTIONS, seed)]
 
 

@@ -10,10 +10,10 @@ import torch
 from axpo.chat import Chat
 from axpo.miniature import pretrain
 from axpo.miniature.base import BASE
-from axpo.miniature.pretrain import Task, graft, learning_rate, look, make_tree, read, tool_schemas, user_starts
+from axpo.miniature.pretrain import Task, learning_rate, look, make_tree, read, recite, tool_schemas
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens, load_policy
-from axpo.tree import Credit, Kind, RolloutTree
+from axpo.tree import Kind, RolloutTree
 
 
 def likelihoods(trees: list[RolloutTree], chat: Chat) -> list[float]:
@@ -30,7 +30,7 @@ def chat() -> Chat:
     return Chat.from_pretrained(BASE)
 
 
-@pytest.mark.parametrize("task", [look, read])
+@pytest.mark.parametrize("task", [look, read, recite])
 def test_exchanges_in_one_tree_are_as_likely_as_each_alone(
     chat: Chat, task: Callable[[np.random.Generator], Task]
 ) -> None:
@@ -40,34 +40,14 @@ def test_exchanges_in_one_tree_are_as_likely_as_each_alone(
     assert likelihoods([together], chat) == pytest.approx(likelihoods(alone, chat), abs=1e-9)
 
 
-def test_rollouts_grafted_onto_what_their_prompts_share_are_as_likely_as_each_alone(chat: Chat) -> None:
-    rollouts = []
-    for asked, observed, answer in [("Who?", "Nobody.", "No."), ("What?", "7", "It is 7.")]:
-        message = {"role": "user", "content": [{"type": "text", "text": asked}]}
-        tree = RolloutTree(asked, *chat.prompt([message], [], tool_schemas()))
-        turn = tree.append(tree.root, Kind.POLICY, chat.turn("Let me see."), [0.0] * len(chat.turn("Let me see.")))
-        ids, _ = chat.observation([(observed, [])])
-        end = tree.append(
-            tree.append(turn, Kind.OBSERVATION, ids), Kind.POLICY, chat.turn(answer), [0.0] * len(chat.turn(answer))
-        )
-        turn.credit = end.credit = Credit(1.0, len(turn) + len(end))
-        rollouts.append(tree)
-    prompt = rollouts[0].root.ids.tolist()
-    joined = RolloutTree("joined", prompt[: user_starts(chat, prompt)])
-    for tree in rollouts:
-        graft(tree, joined)
-    assert sum(map(len, joined.segments())) < sum(len(s) for tree in rollouts for s in tree.segments()) - 300
-    assert likelihoods([joined], chat) == pytest.approx(likelihoods(rollouts, chat), abs=1e-9)
-
-
 def test_told_exchanges_end_in_the_right_answer_or_a_guess(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "TOLD_PROBLEMS", 12)
-    (first, second) = asyncio.run(pretrain.told(chat, 1))
-    assert len(first.leaves()) == pretrain.TOGETHER
-    assert len(second.leaves()) == 4
-    for leaf in first.leaves() + second.leaves():
+    trees = asyncio.run(pretrain.told(chat, 1))
+    assert len(trees) == 12
+    for tree in trees:
+        (leaf,) = tree.leaves()
         kinds = [segment.kind for segment in leaf.path()]
-        assert kinds == [Kind.PROMPT, Kind.OBSERVATION, Kind.POLICY, Kind.OBSERVATION, Kind.POLICY]
+        assert kinds == [Kind.PROMPT, Kind.POLICY, Kind.OBSERVATION, Kind.POLICY]
         assert "<answer>" in chat.tokenizer.decode(leaf.ids)
 
 

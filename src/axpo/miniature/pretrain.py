@@ -3,9 +3,8 @@
     python -m axpo.miniature.pretrain --out src/axpo/miniature/base
 
 The base learns what a foundation model brings along: to point at a place of a picture, to read a digit that is
-large enough, to copy names and numbers into code and queries, to find a fact in a text, to write a call that
-is spelled out for it. At last it learns to carry out a call that a
-question spells out, and to read what comes back. It is never shown which call helps.
+large enough, to copy names and numbers into code and queries, to find a fact in a text, to carry out a call that a
+question spells out and read what comes back. It is never shown which call helps.
 Progress is kept beside the output and taken up again when the command is repeated.
 """
 
@@ -55,13 +54,12 @@ COOL_DOWN = 0.3  # of the steps, at the end
 
 TOLD_CORPORA = 16
 TOLD_PROBLEMS = 384  # of each corpus
-TOGETHER = 8
 TOLD_OPTIONS = [
-    "sft.steps=900",
-    "sft.batch=3",
+    "sft.steps=600",
+    "sft.batch=24",
     "sft.learning_rate=0.001",
     "sft.warmup_steps=10",
-    "train.pack_tokens=5000",
+    "train.pack_tokens=6000",
 ]
 
 
@@ -125,6 +123,22 @@ def find(rng: np.random.Generator) -> Task:
     ]
 
 
+def recite(rng: np.random.Generator) -> Task:
+    """Say what a text says of a made-up land: all of it, or what is asked."""
+    names = list(dict.fromkeys(sample_land(rng) for _ in range(3)))[: int(rng.integers(1, 3))]
+    facts = {name: sample_facts(rng, favoured=0.0) for name in names}
+    documents = [describe(name, facts[name]) for name in names]
+    text = "\n".join(f"{i}. {d['title']}: {d['text']}" for i, d in enumerate(documents, 1))
+    response = f"<tool_response>\n{text}\n</tool_response>"
+    kind = str(rng.choice(list(FACTS)))
+    asked = names[0] if rng.random() < 0.8 else names[-1]
+    document = documents[names.index(asked)]["text"]
+    return (), [
+        Exchange(f"{response}\nWhat do you know of {asked}?", document),
+        Exchange(f"What is the {kind} of {asked}?\n{response}", f"Its {kind} is {facts[asked][kind]}."),
+    ]
+
+
 @dataclass(frozen=True)
 class Stage:
     """How many of each task make a step. With `tools`, the tools stand in the prompt, as many tasks in one tree as
@@ -151,6 +165,15 @@ STAGES = {
         together=4,
         tools=True,
     ),
+    # Reading what a search shows.
+    "facts": Stage(
+        250,
+        1.5e-3,
+        {look: 2, read: 4, compute: 2, recite: 32},
+        {look: 2, read: 4, compute: 2, recite: 32},
+        together=16,
+        tools=True,
+    ),
 }
 
 
@@ -175,7 +198,7 @@ def make_tree(
         pictures = [*shared, *exchange.images]
         content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": exchange.asked}]
         ids, images = chat.prompt([{"role": "user", "content": content}], pictures, tools)
-        start = user_starts(chat, ids) if tools else 3
+        start = ids.index(chat.tokenizer.convert_tokens_to_ids("<|im_start|>"), 1 if tools else 0) + 3  # "user\n"
         start += sum(image.tokens + 2 for image in images[: len(shared)])  # and vision start and end
         if tree is None:
             tree = RolloutTree("pretraining", ids[:start], images[: len(shared)])
@@ -295,7 +318,6 @@ def train_told(out: Path) -> None:
     """
     chat, model = Chat.from_pretrained(out), load_policy(out)
     trees = [tree for number in range(1, TOLD_CORPORA + 1) for tree in asyncio.run(told(chat, number))]
-    print(f"told: {len(trees) * TOGETHER} exchanges", flush=True)
     started = time.time()
     for figures in sft_steps(load_config(None, TOLD_OPTIONS), model, chat, trees):
         if figures["step"] % 25 == 0:
@@ -304,34 +326,16 @@ def train_told(out: Path) -> None:
 
 
 async def told(chat: Chat, number: int) -> list[RolloutTree]:
-    """Exchanges about the corpus of this number, `TOGETHER` in a tree that shares what the prompt says of the tools."""
+    """Exchanges about the corpus of this number."""
     rng = np.random.default_rng([3, number])
     problems = [tell(problem, rng) for problem in sample_problems(TOLD_PROBLEMS, number, "base")]
     agent = Agent(Teacher(problems, chat), chat, Toolbox(tools(number)), Sampling(), Limits())
-    shared = agent.new_tree(problems[0].question).root.ids.tolist()
-    shared = shared[: user_starts(chat, shared)]
     trees = []
     for index, problem in enumerate(problems):
-        if index % TOGETHER == 0:
-            trees.append(RolloutTree("told", shared))
         tree = agent.new_tree(problem.question)
         await agent.draw((tree, problem.question), tree.root, range(1), (0, index))
-        graft(imitate(tree, tree.leaves()), trees[-1])
+        trees.append(imitate(tree, tree.leaves()))
     return trees
-
-
-def graft(branch: RolloutTree, tree: RolloutTree) -> None:
-    """Hang a tree of one rollout, whose prompt begins with that of `tree`, below it."""
-    (leaf,) = branch.leaves()
-    end = tree.append(tree.root, Kind.OBSERVATION, branch.root.ids[len(tree.root) :], images=branch.root.images)
-    for segment in leaf.path()[1:]:
-        end = tree.append(end, segment.kind, segment.ids, segment.logprobs, segment.images)
-        end.credit = segment.credit
-
-
-def user_starts(chat: Chat, prompt: list[int]) -> int:
-    """Where in a prompt with tools the user's message begins: what stands before is the same for all."""
-    return prompt.index(chat.tokenizer.convert_tokens_to_ids("<|im_start|>"), 1) + 3  # "user\n"
 
 
 if __name__ == "__main__":

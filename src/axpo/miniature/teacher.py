@@ -22,6 +22,7 @@ ACTING = {
 }
 GUESSING = ("Probably {0}.", "I think it is {0}.", "It looks like {0}.")
 SURE = ("It is {0}.", "It says {0}.", "So it is {0}.")
+QUOTING = ("Its {1} is {0}.",)  # as the documents put it
 UNSURE = ("That did not help. Probably {0}.", "I still guess {0}.")
 THOUGHTS = [thought for family in ACTING.values() for thought in family] + [*GUESSING, *SURE, *UNSURE]
 
@@ -88,7 +89,8 @@ class Teacher:
         answer = str(problem.question.answer)
         if problem.family == "computation":
             answer = observed.strip()
-        return _final(_pick(memory.rng, SURE), answer)
+        thoughts = QUOTING if problem.family == "lookup" else SURE
+        return _final(_pick(memory.rng, thoughts), answer, problem.fact)
 
     def _observed(self, request: Request) -> str:
         """The text of the last tool response, as the policy sees it."""
@@ -115,8 +117,8 @@ def _pick(rng: np.random.Generator, thoughts: tuple[str, ...]) -> str:
     return thoughts[int(rng.integers(len(thoughts)))]
 
 
-def _final(thought: str, answer: str) -> str:
-    return f"{thought.format(answer)}\n</think>\n\n<answer>{answer}</answer>"
+def _final(thought: str, answer: str, fact: str = "") -> str:
+    return f"{thought.format(answer, fact)}\n</think>\n\n<answer>{answer}</answer>"
 
 
 def _zoom(problem: Problem, habit: int, rng: np.random.Generator) -> str:
