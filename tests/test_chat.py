@@ -347,3 +347,20 @@ def test_model_without_chat_template(byte_tokenizer: Callable[..., Any]) -> None
     tokenizer.chat_template = None
     with pytest.raises(ChatError, match="no chat template"):
         Chat(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "mistral", "sliding_window": 4096}, "a sliding window of 4096"),
+        ({"model_type": "qwen3", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, "sliding_attention"),
+        ({"model_type": "qwen2_5_vl"}, "supported is Qwen3-VL"),
+    ],
+)
+def test_an_architecture_that_trees_do_not_know(
+    checkpoint: Path, tmp_path: Path, config: dict[str, object], told: str
+) -> None:
+    place = shutil.copytree(checkpoint, tmp_path / "model")
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ChatError, match=told):
+        Chat.from_pretrained(place)

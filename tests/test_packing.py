@@ -177,6 +177,15 @@ def test_what_all_prompts_begin_with_is_packed_once(chat: Chat) -> None:
     assert [len(p.ids) for p in pack_trees(trees, chat, token_limit=11)] == [9, 5]
 
 
+def test_a_prompt_of_another_kind_does_not_keep_the_others_from_sharing(chat: Chat) -> None:
+    trees = []
+    for prompt in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [9, 8, 7]):
+        tree = RolloutTree("q", prompt)
+        policy(tree, tree.root, np.random.default_rng(len(trees)), 2).credit = Credit(1.0, 2)
+        trees.append(tree)
+    assert [len(pack.ids) for pack in pack_trees(trees, chat, token_limit=12)] == [10, 5]
+
+
 def test_the_last_token_of_a_prompt_is_never_shared(chat: Chat) -> None:
     trees = []
     for seed in range(2):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
+from axpo.attention import TreeMask
 from axpo.chat import Chat
 from axpo.policy import (
     PolicyError,
@@ -16,6 +17,7 @@ from axpo.policy import (
     image_features,
     load_policy,
     policy_logprobs,
+    use_tree_attention,
     vocabulary_size,
 )
 from axpo.positions import mrope_positions
@@ -66,6 +68,9 @@ def test_forward_equals_the_models_own(tiny_model: Any, seen: dict[str, torch.Te
     kept = forward_logits(tiny_model, ids, seen["positions"], mask, features, keep=torch.tensor([3, -1]))
     torch.testing.assert_close(kept, expected[:, [3, -1]], rtol=0, atol=1e-5)
     assert tiny_model.model.rope_deltas.item() == 1234
+    tiny_model.set_attn_implementation("eager")  # adds a mask to the scores, so a boolean one would say nothing
+    logits = forward_logits(tiny_model, ids, seen["positions"], mask, features)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 def test_gradients_reach_the_vision_encoder(tiny_model: Any, seen: dict[str, torch.Tensor]) -> None:
@@ -89,7 +94,21 @@ def test_text_only_model(tmp_path: Path) -> None:
     model = load_policy(tmp_path)
     ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
     positions = torch.arange(6).expand(3, 1, 6)
-    torch.testing.assert_close(forward_logits(model, ids, positions, causal(6)), model(input_ids=ids).logits)
+    expected = model(input_ids=ids).logits
+    torch.testing.assert_close(forward_logits(model, ids, positions, causal(6)), expected)
+    # A tree whose one branch is [4, 8, 15] and the other [4, 8, 23].
+    until, tree = torch.tensor([4, 4, 3, 4]), torch.tensor([[4, 8, 15, 23]])
+    places = torch.tensor([0, 1, 2, 2]).expand(3, 1, 4)
+    packed = forward_logits(model, tree, places, TreeMask.of(until))
+    torch.testing.assert_close(packed[:, :3], expected[:, :3])
+    other = model(input_ids=torch.tensor([[4, 8, 23]])).logits
+    torch.testing.assert_close(packed[:, 3], other[:, 2])
+
+
+def test_a_model_that_attends_in_a_way_of_its_own_is_refused(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(tiny_model), "_supports_attention_backend", False)
+    with pytest.raises(PolicyError, match="attention interface"):
+        use_tree_attention(tiny_model)
 
 
 def test_logprobs_golden() -> None:

@@ -1,8 +1,9 @@
-"""Attention over packed trees that costs what the paths cost, not the square of the pack.
+"""Attention over packed trees that costs what their paths cost, not the square of the pack.
 
 Trees are laid out depth first, so "key k is an ancestor of query q, or q itself" is k ≤ q < until[k], where `until`
 is the end of the subtree of k's segment. Queries are taken in blocks of neighbours, which share most of their
-ancestors; each block attends to the keys that any of its queries sees, all blocks in one batched call.
+ancestors; each block attends to the keys that any of its queries sees, all blocks in one batched call, as wide as the
+widest of them.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -30,13 +32,13 @@ class TreeMask:
         """The mask of a pack from its `until` (L,), on the same device."""
         total = len(until)
         order = torch.arange(total, device=until.device)
-        queries = torch.arange(-(-total // BLOCK) * BLOCK, device=until.device).clamp(max=total - 1).view(-1, BLOCK)
-        seen = (order <= queries[:, -1:]) & (queries[:, :1] < until)
+        asking = torch.arange(-(-total // BLOCK) * BLOCK, device=until.device).clamp(max=total - 1).view(-1, BLOCK)
+        seen = (order <= asking[:, -1:]) & (asking[:, :1] < until)
         count = seen.sum(1)
         places = torch.arange(int(count.max()), device=until.device)
         first = count.cumsum(0) - count
         keys = seen.nonzero()[:, 1][first[:, None] + places.minimum(count[:, None] - 1)]
-        visible = (keys[:, None] <= queries[..., None]) & (queries[..., None] < until[keys][:, None])
+        visible = (keys[:, None] <= asking[..., None]) & (asking[..., None] < until[keys][:, None])
         visible &= (places < count[:, None])[:, None]
         bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
         return TreeMask(keys, bias[:, None])
@@ -66,11 +68,19 @@ def _attend(
     tree: TreeMask | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer; without `tree` it is the library's own SDPA."""
+    """What transformers calls in every layer. Without `tree` it is the library's own SDPA, which needs a 4-D mask.
+
+    Raises ValueError where a model asks a tree for more than plain attention (soft caps, sinks, windows).
+    """
     if tree is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
-    return tree_attention(query[0], key[0], value[0], tree, scaling).transpose(0, 1)[None], None
+    unknown = [name for name in ("softcap", "s_aux", "position_bias", "sliding_window") if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(f"{type(module).__name__} attends with {', '.join(unknown)}, which packed trees do not know")
+    # The gathered keys and values would be kept for the backward pass, many times the size of what they are made of.
+    out = checkpoint(tree_attention, query[0], key[0], value[0], tree, scaling, use_reentrant=False)
+    return out.transpose(0, 1)[None], None
 
 
 AttentionInterface.register(NAME, _attend)

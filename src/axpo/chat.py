@@ -363,6 +363,9 @@ def _check_architecture(path: str | Path, config: Any, vision: bool) -> None:
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"}:
         raise ChatError(f"{path} has layers of {', '.join(sorted(layers))}; supported is full_attention alone")
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    if window is not None and getattr(config.get_text_config(), "use_sliding_window", True):
+        raise ChatError(f"{path} attends in a sliding window of {window}; supported is full attention alone")
 
 
 def _broken(text: str, control: "re.Pattern[str] | None") -> str:

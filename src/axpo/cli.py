@@ -60,7 +60,7 @@ def main() -> None:
 def quickstart(overrides: Overrides = None) -> None:
     """Train a tiny model with real tools: base, short SFT, AXPO.
 
-    Needs two cores, 4 GiB and about 8 minutes, but no GPU and no download. The run folder is the first of
+    Needs two cores, 4 GiB and about 6 minutes, but no GPU and no download. The run folder is the first of
     runs/quickstart, runs/quickstart-2, … that is free, unless output=FOLDER is given.
     """
     given = overrides or []

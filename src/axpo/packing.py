@@ -41,7 +41,9 @@ class _Flat:
     """One tree laid flat; indices are relative to its first token."""
 
     ids: npt.NDArray[np.int64]
-    text: int  # so many first tokens are text of the prompt, with more of the prompt behind them
+    # So many first tokens are the prompt's text before its first image. Never its last token, which predicts what
+    # follows: so every source and every trained token lies behind what is shared.
+    shareable: int
     positions: npt.NDArray[np.int64]
     until: npt.NDArray[np.int64]
     images: tuple[Image, ...]
@@ -53,29 +55,32 @@ class _Flat:
 
 
 def pack_trees(trees: Sequence[RolloutTree], chat: Chat, token_limit: int) -> list[Pack]:
-    """Pack the credited part of the trees, largest first, into as few packs of at most `token_limit` tokens as fit.
+    """Pack the credited part of the trees, largest first, each where it adds least, into packs of `token_limit` tokens.
 
     Segments with no credit in or below them (a source's failed continuation, void rollouts) are left out. A
     tree larger than the limit makes a pack of its own.
     """
     flat = [_flatten(tree, chat) for tree in trees if any(s.credit for s in tree.segments())]
-    shared = _shared(flat)
     packs: list[list[_Flat]] = []
     for item in sorted(flat, key=lambda f: -len(f.ids)):
-        fitting = (pack for pack in packs if shared + sum(len(f.ids) - shared for f in [*pack, item]) <= token_limit)
-        pack = next(fitting, None)
-        if pack is None:
-            packs.append([item])
+        fitting = [pack for pack in packs if _size([*pack, item]) <= token_limit]
+        if fitting:
+            min(fitting, key=lambda pack: _size([*pack, item]) - _size(pack)).append(item)
         else:
-            pack.append(item)
-    return [_join(pack, shared) for pack in packs]
+            packs.append([item])
+    return [_join(pack) for pack in packs]
 
 
-def _shared(flat: Sequence[_Flat]) -> int:
-    """How many first tokens all prompts have in common."""
-    width = min((f.text for f in flat), default=0)
-    same = np.all([f.ids[:width] == flat[0].ids[:width] for f in flat], axis=0)
+def _shared(items: Sequence[_Flat]) -> int:
+    """How many first tokens all prompts of a pack have in common."""
+    width = min(flat.shareable for flat in items)
+    same = np.all([flat.ids[:width] == items[0].ids[:width] for flat in items], axis=0)
     return width if np.all(same) else int(np.argmin(same))
+
+
+def _size(items: Sequence[_Flat]) -> int:
+    shared = _shared(items)
+    return shared + sum(len(flat.ids) - shared for flat in items)
 
 
 def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
@@ -105,10 +110,10 @@ def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
         targets.append(inside)
         sources.append(before)
     root = tree.root.ids
-    images = np.flatnonzero(root[:-1] == chat.image_token_id)
+    places = np.flatnonzero(root[:-1] == chat.image_token_id)
     return _Flat(
         ids=np.concatenate([s.ids for s in order]),
-        text=int(images[0]) if len(images) else len(root) - 1,
+        shareable=int(places[0]) if len(places) else len(root) - 1,
         positions=np.concatenate(positions, axis=1),
         until=np.concatenate([np.full(len(s), ends[s]) for s in order]),
         images=tuple(image for s in order for image in s.images),
@@ -124,7 +129,8 @@ def _needed(segment: Segment) -> bool:
     return segment.credit is not None or any(_needed(child) for child in segment.children)
 
 
-def _join(items: Sequence[_Flat], shared: int) -> Pack:
+def _join(items: Sequence[_Flat]) -> Pack:
+    shared = _shared(items)
     own = [len(flat.ids) - shared for flat in items]
     offsets = np.cumsum([0, *own])[:-1]
 

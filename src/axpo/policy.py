@@ -50,16 +50,17 @@ def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device: st
 
 
 def use_tree_attention(model: PreTrainedModel) -> None:
-    """Let the language model attend through attention.py, which is SDPA wherever there is no tree.
+    """Let the language model attend through attention.py, which without a tree is SDPA with a 4-D mask or none.
 
     Raises PolicyError for an architecture that does not call transformers' attention interface.
     """
     if model.config.get_text_config()._attn_implementation == attention.NAME:
         return
-    if not model._supports_attention_backend:
-        raise PolicyError(f"{type(model).__name__} does not go through transformers' attention interface")
     text = getattr(model.config, "text_config", None)
-    model.set_attn_implementation(attention.NAME if text is None else {"text_config": attention.NAME})
+    if model._supports_attention_backend:
+        model.set_attn_implementation(attention.NAME if text is None else {"text_config": attention.NAME})
+    if model.config.get_text_config()._attn_implementation != attention.NAME:
+        raise PolicyError(f"{type(model).__name__} does not go through transformers' attention interface")
 
 
 def banned_tokens(chat: Chat, model: PreTrainedModel) -> Tensor:
@@ -101,6 +102,7 @@ def forward_logits(
     `keep` the token indices to compute logits for, (n,) or (B, n); `past` the cache that holds the S - T keys before.
     The `rope_deltas` that the model object remembers are neither read nor written.
     """
+    use_tree_attention(model)
     inputs: dict[str, Any] = {}
     if isinstance(images, ImageFeatures):
         inputs["mm_encoder_outputs"] = {"image": images}
@@ -110,7 +112,6 @@ def forward_logits(
         inputs["logits_to_keep"] = keep
     sees = getattr(model.config, "vision_config", None) is not None
     if isinstance(mask, TreeMask):
-        use_tree_attention(model)
         inputs["tree"] = mask
     output = model(
         input_ids=ids,

@@ -40,7 +40,7 @@ def test_exchanges_in_one_tree_are_as_likely_as_each_alone(
     assert likelihoods([together], chat) == pytest.approx(likelihoods(alone, chat), abs=1e-9)
 
 
-def test_told_exchanges_end_in_the_right_answer_or_a_guess(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_told_exchanges_are_whole_rollouts(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "TOLD_PROBLEMS", 12)
     trees = asyncio.run(pretrain.told(chat, 1))
     assert len(trees) == 12

@@ -89,7 +89,8 @@ def describe(land: str, facts: dict[str, str]) -> dict[str, str]:
 def lands(number: int = 0) -> dict[str, dict[str, str]]:
     """All lands and their facts; the last `HELD_OUT_LANDS` of them are never asked for in training.
 
-    Number 0 is the world's; the others are for the base, so that it learns to look facts up and knows none of them.
+    Number 0 is the world's; the others are for the base, so that it learns to look facts up and knows none of the
+    world's (the same names do occur, with facts of their own).
     """
     rng = np.random.default_rng([_CORPUS_SEED, number])
     found: dict[str, dict[str, str]] = {}
@@ -106,7 +107,12 @@ def corpus(number: int = 0) -> list[dict[str, str]]:
 
 
 def sample_problems(count: int, seed: int, split: Split = "train") -> list[Problem]:
-    """`count` problems, the families in turn. Each split is a stream of its own; held-out ones ask for other lands."""
+    """`count` problems, the families in turn. Each split is a stream of its own; held-out ones ask for other lands.
+
+    Raises ValueError for seed 0 of the split "base": number 0 is the world's corpus.
+    """
+    if split == "base" and seed == 0:
+        raise ValueError("the split base has seeds from 1 on")
     makers = {"perception": _perception, "computation": _computation, "lookup": _lookup}
     problems = []
     for index in range(count):
