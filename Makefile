@@ -11,8 +11,8 @@ test: check
 	$(BIN)/pytest
 
 check: $(VENV)/ready
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests benchmarks benchmarks
+	$(BIN)/ruff check src tests benchmarks benchmarks
 	$(BIN)/mypy
 
 $(VENV)/ready: pyproject.toml constraints.txt

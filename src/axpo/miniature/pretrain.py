@@ -301,6 +301,7 @@ def train_step(
 def save_base(model: PreTrainedModel, chat: Chat, out: Path) -> None:
     """A `from_pretrained` folder, its weights in bfloat16 to keep the package small."""
     out.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]  # what other frameworks open a checkpoint by
     model.config.save_pretrained(out)
     chat.save(out)
     tied = "lm_head.weight"
