@@ -6,13 +6,20 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLForConditionalGeneration,
+)
 
 from axpo.attention import TreeMask
 from axpo.chat import Chat
 from axpo.policy import (
     PolicyError,
     banned_tokens,
+    forward_hidden,
     forward_logits,
     image_features,
     load_policy,
@@ -71,6 +78,33 @@ def test_forward_equals_the_models_own(tiny_model: Any, seen: dict[str, torch.Te
     tiny_model.set_attn_implementation("eager")  # adds a mask to the scores, so a boolean one would say nothing
     logits = forward_logits(tiny_model, ids, seen["positions"], mask, features)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_hidden_states_times_the_head_are_the_logits(tiny_model: Any, seen: dict[str, torch.Tensor]) -> None:
+    given = (tiny_model, seen["ids"], seen["positions"], causal(seen["ids"].shape[1]), (seen["pixels"], seen["grids"]))
+    keep = torch.tensor([3, 5, 8])
+    hidden = forward_hidden(*given, keep)
+    assert hidden.shape == (1, 3, 32)
+    torch.testing.assert_close(hidden @ tiny_model.lm_head.weight.T, forward_logits(*given, keep))
+    assert not tiny_model.lm_head._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_logits_that_are_more_than_the_heads_are_refused_for_training() -> None:
+    config = GraniteConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        logits_scaling=8.0,
+    )
+    model = GraniteForCausalLM(config).eval()
+    positions = torch.arange(4).expand(3, 1, 4)
+    with pytest.raises(PolicyError, match="output head"):
+        forward_hidden(model, torch.tensor([[4, 8, 15, 16]]), positions, causal(4), None, torch.tensor([3]))
 
 
 def test_gradients_reach_the_vision_encoder(tiny_model: Any, seen: dict[str, torch.Tensor]) -> None:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from axpo.attention import TreeMask
 from axpo.chat import Chat
-from axpo.policy import forward_logits, policy_logprobs
+from axpo.logprobs import target_logprobs
+from axpo.policy import forward_hidden, output_head
 from axpo.positions import mrope_positions
 from axpo.tree import Image, RolloutTree, Segment
 
@@ -169,6 +170,6 @@ def pack_logprobs(model: PreTrainedModel, pack: Pack, chat: Chat, banned: Tensor
     images = chat.pixels(pack.images) if pack.images else None
     mask = TreeMask.of(pack.until.to(device), model.dtype)
     ids, positions = pack.ids[None].to(device), pack.positions[:, None].to(device)
-    logits = forward_logits(model, ids, positions, mask, images, pack.keep.to(device))[0]
-    logprobs = policy_logprobs(logits, banned, temperature)
-    return logprobs[pack.sources.to(device), pack.targets.to(device)]
+    hidden = forward_hidden(model, ids, positions, mask, images, pack.keep.to(device))[0]
+    rows = hidden.index_select(0, pack.sources.to(device))
+    return target_logprobs(rows, output_head(model).weight, pack.targets.to(device), banned, temperature)

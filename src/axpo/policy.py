@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from axpo import attention
@@ -77,6 +78,12 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
+def output_head(model: PreTrainedModel) -> torch.nn.Linear:
+    """The layer from hidden states to logits."""
+    head: torch.nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head
+
+
 def image_features(model: PreTrainedModel, pixels: Tensor, grids: Tensor) -> ImageFeatures:
     """Encode images: patches (P, dim) and grids (n, 3), as `Chat.pixels` gives them."""
     encode: Any = model.get_image_features
@@ -88,7 +95,7 @@ def forward_logits(
     model: PreTrainedModel,
     ids: Tensor,
     positions: Tensor,
-    mask: Tensor | TreeMask,
+    mask: Tensor | TreeMask | None,
     images: ImageFeatures | tuple[Tensor, Tensor] | None = None,
     keep: Tensor | None = None,
     past: Any = None,
@@ -99,7 +106,8 @@ def forward_logits(
     first axis; `mask` (B, 1, T, S), True where a query may attend to a key, or what is added to the scores, or that
     of a pack (then B is 1);
     `images` the features, or (patches, grids), of all images whose placeholders are in `ids`, in row order;
-    `keep` the token indices to compute logits for, (n,) or (B, n); `past` the cache that holds the S - T keys before.
+    `keep` the token indices to compute logits for, (n,) or (B, n); `past` the engine's cache, which attends by itself
+    and needs no mask.
     The `rope_deltas` that the model object remembers are neither read nor written.
     """
     use_tree_attention(model)
@@ -113,6 +121,8 @@ def forward_logits(
     sees = getattr(model.config, "vision_config", None) is not None
     if isinstance(mask, TreeMask):
         inputs["tree"] = mask
+    if past is not None:
+        inputs["paths"] = past
     output = model(
         input_ids=ids,
         position_ids=positions if sees else positions[0],
@@ -125,6 +135,37 @@ def forward_logits(
     return logits
 
 
+def forward_hidden(
+    model: PreTrainedModel,
+    ids: Tensor,
+    positions: Tensor,
+    mask: Tensor | TreeMask,
+    images: ImageFeatures | tuple[Tensor, Tensor] | None,
+    keep: Tensor,
+) -> Tensor:
+    """What the output head makes the logits of the kept tokens from, (B, n, H); arguments as `forward_logits` has them.
+
+    Raises PolicyError for a model whose logits are not its head's weight times these (soft caps, scales, biases).
+    """
+    head = output_head(model)
+    caught: list[Tensor] = []
+
+    def take(module: torch.nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        caught.append(given[0])
+        return (given[0][:, :1].detach(),)  # the head then computes one row, by which it is checked
+
+    handle = head.register_forward_pre_hook(take)
+    try:
+        logits = forward_logits(model, ids, positions, mask, images, keep)
+    finally:
+        handle.remove()
+    with torch.no_grad():
+        expected = linear(caught[0][:, :1], head.weight)
+    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise PolicyError(f"{type(model).__name__} makes more of its output head's logits than packed training knows")
+    return caught[0]
+
+
 def policy_logprobs(logits: Tensor, banned: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """The policy's distribution over the next token: logits (n, V) to log-probs (n, V).
 
@@ -132,4 +173,4 @@ def policy_logprobs(logits: Tensor, banned: Tensor, temperature: float | Tensor 
     In float32, or wider where the logits are. Sampling and training both use this function.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits / temperature).index_fill(-1, banned, float("-inf")).log_softmax(-1)
+    return (logits / temperature).index_fill_(-1, banned, float("-inf")).log_softmax(-1)
