@@ -1,109 +1,267 @@
-"""Packed trees against padded rows: one update's forward and backward over the same rollouts.
+"""Packed trees against padded rows: forward and backward of one update over the same trained tokens.
 
-    python benchmarks/packing.py
+    python benchmarks/packing.py          (about 8 minutes on two cores)
 
-A tree holds N rollouts of one prompt, one of which is forked into K continuations. The rows are what a trainer
-without trees computes: each rollout and each continuation with its whole path, padded to the longest, in one batch.
-Both compute logits at the trained tokens only. The bound is the time of the rows times unique tokens / row tokens.
+A tree holds N rollouts of one prompt, one of which failed and is forked into K continuations: its prefix and the
+continuations learn, its failed end does not (AXPO's credit).
+
+**Rows** are the best that a trainer without trees can do with it. The source needs no row, since one continuation's
+row trains the prefix too: N - 1 + K rows. All are equally long here, so nothing is padding. They run under plain causal
+SDPA (`is_causal`, no mask, which lets the kernel skip half of the scores), with logits at the trained tokens only, as
+many rows at once as is fastest; a row of more than 2,048 tokens fills the cores alone, so those go one by one. Before
+anything is timed, both must find the same log-prob in sum.
+
+**The bound** is the rows' time times unique tokens / row tokens: no token costs less than it costs in a row, and each
+is computed once. It is exact where time goes with tokens, as in a large model. Attention does not: of a prompt's tokens
+a row's own token sees all, but they see each other only half, so dropping repeated prompts drops cheap tokens.
+This model is so narrow that attention costs most of a long row: there `flop_bound`, the same with counted operations in
+place of tokens, is the one that could be reached, and lies higher.
+
+**Growth** holds the prompt and the fork, and takes more rollouts: every token then attends to as much as before, and
+the time should be a line over the unique tokens. `exponent` is the slope of log seconds over log tokens.
+
+Memory is the peak above what the process held before, in a process for each; of rows also one at a time.
 """
 
-import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from timing import alternate, machine, ratio, spread, table, write
+from flops import attended, causal, text_flops
+from timing import alone, alternate, machine, options, peak_memory, ratio, shown, spread, table, write
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from axpo.chat import Chat
+from axpo.credit import credit_axpo
 from axpo.miniature.base import BASE
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens, load_policy, policy_logprobs
-from axpo.tree import Credit, Kind, RolloutTree
+from axpo.tree import Kind, Outcome, RolloutTree, Segment, StopReason
 
 ROLLOUTS, CONTINUATIONS, LENGTH = 8, 4, 96
-PROMPTS = (128, 512, 2048, 8192)
-DEPTHS = (0.25, 0.75)  # where in the source the fork lies
+CASES = ((128, 0.5), (512, 0.1), (512, 0.5), (512, 0.9), (2048, 0.5), (8192, 0.5))  # prompt, where the fork lies
+GROWTH = (512, (4, 8, 16, 32))  # prompt, rollouts
+LONG = 2048  # tokens of a row that go one by one
 
 
-def make_tree(prompt: int, depth: float) -> RolloutTree:
-    """Random tokens; every policy token is trained."""
+def make_tree(prompt: int, depth: float, rollouts: int = ROLLOUTS) -> RolloutTree:
+    """Random tokens of the ordinary vocabulary; the first rollout is forked `depth` of its way."""
     rng = np.random.default_rng(prompt)
 
-    def words(count: int) -> list[int]:
-        return rng.integers(20, 500, count).tolist()
+    def add(parent: Segment, count: int, reward: float, resampled: bool = False) -> Segment:
+        ids = rng.integers(20, 500, count).tolist()
+        segment = tree.append(parent, Kind.POLICY, ids, [-1.0] * count, resampled=resampled)
+        segment.outcome = Outcome(StopReason.ANSWER, reward)
+        return segment
 
-    tree = RolloutTree("q", words(prompt))
-    for _ in range(ROLLOUTS):
-        source = tree.append(tree.root, Kind.POLICY, words(LENGTH), [-1.0] * LENGTH)
+    tree = RolloutTree("q", rng.integers(20, 500, prompt).tolist())
+    source, *_ = [add(tree.root, LENGTH, float(i % 2)) for i in range(rollouts)]
     at = int(depth * LENGTH)
     prefix = tree.fork(source, at)
-    for _ in range(CONTINUATIONS):
-        tree.append(prefix, Kind.POLICY, words(LENGTH - at), [-1.0] * (LENGTH - at))
-    for segment in tree.segments():
-        if segment.kind is Kind.POLICY:
-            segment.credit = Credit(1.0, LENGTH)
+    for i in range(CONTINUATIONS):
+        add(prefix, LENGTH - at, float(i % 2), resampled=True)
+    credit_axpo(tree)
     return tree
 
 
-def rows_step(model: torch.nn.Module, tree: RolloutTree, banned: torch.Tensor) -> None:
-    """Every leaf's path as a row of its own, under the model's own causal mask."""
-    paths = [np.concatenate([s.ids for s in leaf.path()]) for leaf in tree.leaves()]
-    ids = torch.from_numpy(np.stack(paths))  # equally long here, so nothing is padding
-    count, width = ids.shape
-    positions = torch.arange(width).expand(3, count, width)
-    keep = torch.arange(width - LENGTH - 1, width - 1)
-    model.config.get_text_config()._attn_implementation = "sdpa"
-    logits = model(input_ids=ids, position_ids=positions, logits_to_keep=keep, use_cache=False).logits
-    model.config.get_text_config()._attn_implementation = "axpo_tree"
-    logprobs = policy_logprobs(logits.flatten(0, 1), banned)
-    (-logprobs.gather(1, ids[:, -LENGTH:].reshape(-1, 1)).sum()).backward()
-    model.zero_grad()
+@dataclass(frozen=True)
+class Rows:
+    """The same work without a tree: rows of ids (R, W), and of each row the places that predict what it trains."""
+
+    ids: Tensor
+    sources: list[Tensor]
+
+    @staticmethod
+    def of(tree: RolloutTree) -> "Rows":
+        paths, sources, trained = [], [], set()
+        for path in (leaf.path() for leaf in tree.leaves() if leaf.credit):
+            places, start = [], 0
+            for segment in path:
+                if segment.credit and segment not in trained:
+                    trained.add(segment)
+                    places.append(torch.arange(start - 1, start + len(segment) - 1))
+                start += len(segment)
+            paths.append(np.concatenate([s.ids for s in path]))
+            sources.append(torch.cat(places))
+        return Rows(torch.from_numpy(np.stack(paths)), sources)
+
+    def step(self, model: PreTrainedModel, banned: Tensor, batch: int) -> float:
+        """Forward and backward, `batch` rows at once; the sum of the log-probs."""
+        total = 0.0
+        for first in range(0, len(self.ids), batch):
+            ids, sources = self.ids[first : first + batch], self.sources[first : first + batch]
+            rows = torch.cat([torch.full_like(s, row) for row, s in enumerate(sources)])
+            columns = torch.cat(sources)
+            positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
+            hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            logprobs = policy_logprobs(model.lm_head(hidden[rows, columns]), banned)
+            loss = -logprobs.gather(1, ids[rows, columns + 1][:, None]).sum()
+            loss.backward()
+            total -= loss.item()
+        model.zero_grad()
+        return total
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--prompts", type=int, nargs="*", default=PROMPTS)
-    options = parser.parse_args()
-    chat, model = Chat.from_pretrained(BASE), load_policy(BASE)
-    banned = banned_tokens(chat, model)
-    cases = []
-    for prompt in options.prompts:
-        for depth in DEPTHS:
-            tree = make_tree(prompt, depth)
+class Contenders:
+    """Both sides, each with a model of its own: the rows' never hears of trees."""
 
-            def packed(tree: RolloutTree = tree) -> None:
-                for pack in pack_trees([tree], chat, 100_000):
-                    (-pack_logprobs(model, pack, chat, banned).sum()).backward()
-                model.zero_grad()
+    def __init__(self) -> None:
+        self.chat = Chat.from_pretrained(BASE)
+        self.model = load_policy(BASE)
+        self.banned = banned_tokens(self.chat, self.model)
+        self.rows_model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32).eval()
 
-            seconds = alternate({"packed": packed, "rows": lambda t=tree: rows_step(model, t, banned)}, options.runs)
-            unique = sum(len(s) for s in tree.segments())
-            rows = sum(sum(map(len, leaf.path())) for leaf in tree.leaves())
-            over = ratio(seconds["packed"], seconds["rows"])
-            cases.append(
-                {
-                    "prompt": prompt,
-                    "fork_at": depth,
-                    "unique_tokens": unique,
-                    "row_tokens": rows,
-                    "packed_seconds": spread(seconds["packed"]),
-                    "rows_seconds": spread(seconds["rows"]),
-                    "packed_over_rows": over,
-                    "bound": unique / rows,
-                    "time_over_bound": over["median"] * rows / unique,
-                }
-            )
-            print(cases[-1], flush=True)
-    write("packing", {"machine": machine(), "cases": cases})
-    shown = ("prompt", "fork_at", "unique_tokens", "row_tokens", "bound", "time_over_bound")
+    def packed(self, tree: RolloutTree) -> Callable[[], float]:
+        """Pack, forward and backward; the sum of the log-probs."""
+
+        def step() -> float:
+            total = 0.0
+            for pack in pack_trees([tree], self.chat, 100_000):
+                loss = -pack_logprobs(self.model, pack, self.chat, self.banned).sum()
+                loss.backward()
+                total -= loss.item()
+            self.model.zero_grad()
+            return total
+
+        return step
+
+    def rows(self, tree: RolloutTree, batch: int) -> Callable[[], float]:
+        """Forward and backward of so many rows at once; the sum of the log-probs."""
+        rows = Rows.of(tree)
+        return lambda: rows.step(self.rows_model, self.banned, batch)
+
+    def fastest_batch(self, tree: RolloutTree, width: int) -> int:
+        """How many rows at once take the least time."""
+        count = len(Rows.of(tree).ids)
+        if width > LONG + LENGTH:
+            return 1
+        sizes = sorted({1, -(-count // 3), count})
+        seconds = alternate({str(size): self.rows(tree, size) for size in sizes}, 1)
+        return min(sizes, key=lambda size: min(seconds[str(size)]))
+
+
+def one_case(sides: Contenders, prompt: int, depth: float, runs: int, memory: Sequence[str]) -> dict[str, object]:
+    """Everything about one tree."""
+    tree = make_tree(prompt, depth)
+    paths = [leaf.path() for leaf in tree.leaves() if leaf.credit]
+    lengths = [sum(map(len, path)) for path in paths]
+    needed = {segment for path in paths for segment in path}
+    unique, row_tokens = sum(map(len, needed)), sum(lengths)
+    trained = sum(len(s) for s in needed if s.credit)
+    batch = sides.fastest_batch(tree, max(lengths))
+    steps = {"packed": sides.packed(tree), "rows": sides.rows(tree, batch)}
+    found = {name: step() for name, step in steps.items()}
+    if not np.isclose(found["packed"], found["rows"], rtol=1e-4):
+        raise RuntimeError(f"packed and rows do not compute the same: {found}")
+    seconds = alternate(steps, runs)
+    over = ratio(seconds["packed"], seconds["rows"])
+    bound = unique / row_tokens
+    work = {
+        "packed": text_flops(sides.model, unique, attended(paths), trained),
+        "rows": text_flops(sides.model, row_tokens, sum(map(causal, lengths)), trained),
+    }
+    flop_bound = work["packed"] / work["rows"]
+    case = {"prompt": prompt, "fork_at": depth}
+    return case | {
+        "unique_tokens": unique,
+        "row_tokens": row_tokens,
+        "trained_tokens": trained,
+        "rows": len(paths),
+        "rows_at_once": batch,
+        "packed_seconds": spread(seconds["packed"]),
+        "rows_seconds": spread(seconds["rows"]),
+        "packed_over_rows": over,
+        "bound": bound,
+        "flop_bound": flop_bound,
+        "time_over_bound": over["median"] / bound,
+        "time_over_bound_spread": {key: value / bound for key, value in over.items()},
+        "time_over_flop_bound": over["median"] / flop_bound,
+        "seconds_per_unique_token": spread([s / unique for s in seconds["packed"]]),
+        "memory_mb": measured_memory(prompt, depth, batch, memory),
+    }
+
+
+def measured_memory(prompt: int, depth: float, batch: int, arguments: Sequence[str]) -> dict[str, float]:
+    """MB of the packed tree, of the rows as they are timed, and of one row at a time."""
+
+    def of(name: str, size: int) -> float:
+        case = ("--memory-of", name, "--case", prompt, depth, "--rows-at-once", size)
+        return float(alone(__file__, *case, *arguments))
+
+    one = of("rows", 1)
+    return {"packed": of("packed", 1), "rows": one if batch == 1 else of("rows", batch), "one_row": one}
+
+
+def growth(sides: Contenders, prompt: int, rollouts: Sequence[int], runs: int) -> dict[str, object]:
+    """The seconds of packed trees of more and more rollouts, and how straight a line they make."""
+    trees = {count: make_tree(prompt, 0.5, count) for count in rollouts}
+    tokens = {n: sum(len(p.ids) for p in pack_trees([t], sides.chat, 100_000)) for n, t in trees.items()}
+    seconds = alternate({str(n): sides.packed(tree) for n, tree in trees.items()}, runs)
+    points = [
+        {"rollouts": n, "unique_tokens": tokens[n], "packed_seconds": spread(seconds[str(n)])}
+        | {"seconds_per_unique_token": spread([s / tokens[n] for s in seconds[str(n)]])}
+        for n in rollouts
+    ]
+    x, y = np.array(list(tokens.values())), np.array([np.median(s) for s in seconds.values()])
+    slope, start = np.polyfit(x, y, 1)
+    return {
+        "prompt": prompt,
+        "points": points,
+        "seconds_per_token": float(slope),
+        "seconds_at_zero": float(start),
+        "r_squared": float(1 - ((y - slope * x - start) ** 2).sum() / ((y - y.mean()) ** 2).sum()),
+        "exponent": float(np.polyfit(np.log(x), np.log(y), 1)[0]),
+    }
+
+
+def memory_of(name: str, prompt: int, depth: float, batch: int) -> float:
+    """The peak of one step, after a small one that loads what the first step loads."""
+    sides = Contenders()
+
+    def step(tree: RolloutTree) -> Callable[[], float]:
+        return sides.packed(tree) if name == "packed" else sides.rows(tree, batch)
+
+    step(make_tree(16, 0.5))()
+    return peak_memory(step(make_tree(prompt, depth)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--prompts", type=int, nargs="*", help="only these prompt lengths")
+    parser.add_argument("--growth", type=int, nargs="*", default=GROWTH[1], help="rollouts of the trees that grow")
+    parser.add_argument("--memory-of", choices=("packed", "rows"), help="print its MB for one case")
+    parser.add_argument("--case", type=float, nargs=2, metavar=("PROMPT", "DEPTH"))
+    parser.add_argument("--rows-at-once", type=int, default=1)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    if chosen.memory_of:
+        prompt, depth = chosen.case
+        print(json.dumps(memory_of(chosen.memory_of, int(prompt), depth, chosen.rows_at_once)))
+        return
+    sides, cases = Contenders(), []
+    for prompt, depth in CASES:
+        if chosen.prompts is None or prompt in chosen.prompts:
+            cases.append(one_case(sides, prompt, depth, chosen.runs, ["--threads", str(chosen.threads)]))
+            print(json.dumps(cases[-1]), flush=True)
+    sizes = {"rollouts": ROLLOUTS, "continuations": CONTINUATIONS, "rollout_tokens": LENGTH, "runs": chosen.runs}
+    growing = growth(sides, GROWTH[0], chosen.growth, chosen.runs)
+    write("packing", {"machine": machine(), "sizes": sizes, "cases": cases, "growth": growing}, chosen.out)
+    columns = ("prompt", "fork_at", "unique_tokens", "row_tokens", "bound", "flop_bound")
     print(
         table(
             [
-                {key: case[key] for key in shown} | {"packed_over_rows": case["packed_over_rows"]["median"]}
+                {key: case[key] for key in columns}
+                | {f"{name} s": shown(case[f"{name}_seconds"]) for name in ("packed", "rows")}
+                | {"time / bound": case["time_over_bound"], "time / flop bound": case["time_over_flop_bound"]}
+                | {f"MB {name}": round(mb) for name, mb in case["memory_mb"].items()}
                 for case in cases
             ]
         )
     )
+    print({key: growing[key] for key in ("r_squared", "exponent")})
 
 
 if __name__ == "__main__":
