@@ -15,6 +15,7 @@ from axpo.chat import Chat
 from axpo.config import load_config
 from axpo.credit import credit_axpo, credit_grpo
 from axpo.diagnostics.gap import is_forked
+from axpo.engines.base import Generation, Request
 from axpo.miniature.scene import draw_scene
 from axpo.miniature.tools import zoom_call
 from axpo.miniature.world import sample_scene
@@ -120,6 +121,36 @@ def test_sampling_logprobs_equal_a_fresh_forward_over_the_packed_tree(make_train
             fresh = pack_logprobs(model, pack, chat, banned)
         torch.testing.assert_close(pack.old_logprobs.float(), fresh, atol=1e-4, rtol=0)
         assert pack.old_logprobs.tolist() == policy_logprobs_of([tree])
+
+
+def test_what_the_trees_share_is_prefilled_once(make_trainer: Maker) -> None:
+    """Prompts, observations with images, and what follows a fork: no token is prefilled twice, but that each request
+    feeds the last of its own again."""
+    trainer, _, _ = make_trainer()
+    asked = 0
+    engine = trainer.agent.engine
+    generate = engine.generate
+
+    async def counting(request: Request) -> Generation:
+        nonlocal asked
+        asked += 1
+        return await generate(request)
+
+    engine.generate = counting  # type: ignore[method-assign]
+
+    async def roll() -> list[RolloutTree]:
+        groups = trainer.agent.new_groups(trainer.batch(0))
+        await trainer.roll_out(groups, 0)
+        await trainer.resample(groups, 0)
+        return [tree for tree, _ in groups]
+
+    trees = asyncio.run(roll())
+    segments = [segment for tree in trees for segment in tree.segments()]
+    assert any(map(is_forked, segments))
+    given = sum(len(segment) for segment in segments if segment.kind is not Kind.POLICY)
+    prefilled = engine.counters.prefilled_tokens  # type: ignore[attr-defined]
+    assert prefilled <= given + asked
+    assert prefilled <= 1.02 * sum(map(len, segments))
 
 
 def test_a_step_forks_within_its_budget_and_learns(make_trainer: Maker) -> None:

@@ -66,12 +66,16 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     tree: TreeMask | None = None,
+    paths: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer. Without `tree` it is the library's own SDPA, which needs a 4-D mask.
+    """What transformers calls in every layer. With `paths` the engine's cache attends, over what it holds. Without that
+    and without `tree` it is the library's own SDPA, which needs a 4-D mask.
 
     Raises ValueError where a model asks a tree for more than plain attention (soft caps, sinks, windows).
     """
+    if paths is not None:
+        return paths.attend(module, query, scaling), None
     if tree is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None

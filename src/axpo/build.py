@@ -85,7 +85,8 @@ def load_model(config: Config) -> PreTrainedModel:
 
 def make_engine(config: Config, model: PreTrainedModel, chat: Chat) -> LocalEngine:
     """The engine that generates with this very model."""
-    return LocalEngine(model, chat, config.engine.max_batch, config.engine.overlap)
+    options = config.engine
+    return LocalEngine(model, chat, options.max_batch, options.overlap, options.kv_memory)
 
 
 def training_agent(config: Config, engine: Engine, chat: Chat, toolbox: Toolbox) -> Agent:

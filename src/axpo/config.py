@@ -195,6 +195,8 @@ class EngineConfig(_Section):
     """Rollouts that generate at the same time. Default: 64."""
     overlap: Integer = Field(default=16, ge=0)
     """Decoding steps that go on while a tool runs; then all wait for it, so that a seed repeats a run. Default: 16."""
+    kv_memory: Real = Field(default=2.0, gt=0)
+    """GiB for keys and values. Over it, what was used longest ago is dropped and computed again. Default: 2."""
 
 
 class Config(_Section):

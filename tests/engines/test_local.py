@@ -134,13 +134,13 @@ def test_a_prefix_with_another_picture_is_another_prefix(engine: LocalEngine, ti
 
 
 def test_a_request_that_ends_in_an_image(engine: LocalEngine, tiny_model: Any, chat: Chat, prompt: Prompt) -> None:
-    """The cache holds the whole image, but its last token must be computed again: so must the image."""
+    """The cache holds the whole image, but its last token must be computed again."""
     placeholders = [n for n, i in enumerate(prompt[0]) if i == chat.image_token_id]
     cut = request((prompt[0][: placeholders[-1] + 1], prompt[1]))
     answers(engine, [request(prompt)])
     (answer,) = answers(engine, [cut])
     assert answer.logprobs == pytest.approx(fresh_logprobs(tiny_model, chat, cut, answer.ids), abs=1e-4)
-    assert engine.counters.reused_tokens == placeholders[0]
+    assert engine.counters.reused_tokens == placeholders[-1]
 
 
 def test_the_seed_alone_decides(engine: LocalEngine, prompt: Prompt) -> None:
@@ -260,6 +260,22 @@ def test_more_requests_than_places(tiny_model: Any, chat: Chat, prompt: Prompt) 
     for _ in range(2):
         for asked, answer in zip(requests, answers(engine, requests), strict=True):
             assert answer.logprobs == pytest.approx(fresh_logprobs(tiny_model, chat, asked, answer.ids), abs=1e-4)
+
+
+def test_over_the_memory_limit_paths_are_computed_again(tiny_model: Any, chat: Chat, prompt: Prompt) -> None:
+    """Room for two trunks and tails: seven prompts at once take turns, and none of it is an error."""
+    longest = len(prompt[0]) + 7
+    token_bytes = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, their width, bytes
+    limit = 2 * (-(-longest // 64) * 64 + 64) * token_bytes / 2**30
+    engines = [LocalEngine(tiny_model, chat, kv_memory=some) for some in (1.0, limit, 1e-9)]
+    requests = [request(longer(prompt, [n] * n), seed=n, index=n, max_tokens=4 + n) for n in range(7)]
+    free, bounded_, one_by_one = ([answers(engine, requests) for _ in range(2)] for engine in engines)
+    assert [a.ids for a in free[0] + free[1]] == [a.ids for a in bounded_[0] + bounded_[1]]
+    assert [a.ids for a in free[0] + free[1]] == [a.ids for a in one_by_one[0] + one_by_one[1]]
+    counts = [engine.counters.prefilled_tokens for engine in engines]
+    assert counts[0] < counts[1] < counts[2]
+    held = [rows.count * rows.columns for rows in (engines[1]._cache.trunks, engines[1]._cache.tails)]
+    assert sum(held) * token_bytes <= limit * 2**30
 
 
 def test_new_weights(engine: LocalEngine, tiny_model: Any, chat: Chat, prompt: Prompt) -> None:
@@ -421,3 +437,5 @@ def test_options_out_of_range(tiny_model: Any, chat: Chat) -> None:
         LocalEngine(tiny_model, chat, max_batch=0)
     with pytest.raises(ValueError, match="overlap -1"):
         LocalEngine(tiny_model, chat, overlap=-1)
+    with pytest.raises(ValueError, match="kv_memory is 0"):
+        LocalEngine(tiny_model, chat, kv_memory=0)

@@ -1,7 +1,7 @@
-"""The keys and values of many tree paths, one row each, so that what two paths share is computed once.
+"""The keys and values of many tree paths: what paths share is computed once, and what a group shares is kept once.
 
-Rows `0 .. busy-1` are in flight and lie side by side, so that a step reads them as one slice without copying.
-The rows behind them are idle: what they hold can be continued or copied, and the least recently used goes first.
+A path is a *trunk*, which many rollouts share (a prompt), and a *tail*, which is one rollout's own. A decoding step
+reads each trunk once for all the rollouts on it.
 """
 
 from typing import Any
@@ -10,151 +10,289 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-Keys = npt.NDArray[np.int64]
-_COLUMNS = 128  # the buffers grow by multiples of this many tokens
+from axpo.engines.rows import Keys, Rows
+
+_COLUMNS = 64  # rows are wide by multiples of this many tokens
 
 
 class PathCache:
-    """Row buffers (rows, heads, columns, head_dim) for each layer, passed to the model as `past_key_values`.
+    """Trunks and tails, passed to the model as `past_key_values`; it also does the attending (attention.py).
 
-    A path is known by its keys: its ids, where the placeholders of an image are replaced by a number that
-    stands for the image. `lengths` (rows,) counts the tokens whose keys and values a row holds.
+    A path is known by its keys: its ids, where the placeholders of an image are replaced by a number that stands for
+    the image. `tails.base` is the trunk of each tail. `limit` tokens may be held; over it, the least recently used idle
+    paths are dropped. What is in flight is never dropped: ask `fits` before adding to it.
     """
 
-    def __init__(self, max_busy: int) -> None:
-        self.busy = 0
-        self.lengths = np.zeros(0, dtype=np.int64)
-        self._max_rows = 2 * max_busy  # as many idle as in flight
-        self._paths: Keys = np.zeros((0, 0), dtype=np.int64)
-        self._used_at = np.zeros(0, dtype=np.int64)
+    def __init__(self, limit: int) -> None:
+        self.trunks = Rows()
+        self.tails = Rows()
+        self._limit = limit
         self._uses = 0
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
-        self._first = 0
-        self._last = 0
-        self._span = 0
-        self._columns_written: Tensor | None = None
+        self._forward: _Extend | _Decode | None = None
 
-    # Rows
+    def reset(self) -> None:
+        """Forget everything, and give the memory back."""
+        self.trunks, self.tails = Rows(), Rows()
 
-    def match(self, path: Keys) -> tuple[int, int]:
-        """The row that shares the longest prefix with this path, and how many tokens they share (0: none)."""
-        width = min(len(path), self._paths.shape[1])
-        if not width:
-            return 0, 0
-        same = self._paths[:, :width] == path[:width]
-        same &= np.arange(width) < self.lengths[:, None]
-        shared = np.where(same.all(1), width, same.argmin(1))
-        row = int(shared.argmax())
-        return row, int(shared[row])
+    # Finding
 
-    def place(self, path: Keys, source: int, shared: int) -> int:
-        """Take the next busy row for this path, with the first `shared` tokens of row `source`. Returns the row.
+    def trunk_under(self, path: Keys) -> int | None:
+        """The length of the longest trunk that the path begins with and goes beyond."""
+        shared = self.trunks.shared(path[:-1])
+        shared[shared < self.trunks.lengths] = 0
+        return int(shared.max()) if shared.any() else None
 
-        An idle source that loses nothing is continued where it is; any other is copied.
+    def shared_trunk(self, path: Keys) -> int:
+        """How many first tokens of the path some trunk holds."""
+        return _longest(self.trunks.shared(path))[1]
+
+    def shared_tail(self, path: Keys, trunk: Keys) -> int:
+        """How many first tokens of the path this trunk and some tail on it hold."""
+        return len(trunk) + _longest(self._on(path, trunk))[1]
+
+    def _on(self, path: Keys, trunk: Keys) -> Keys:
+        """How many tokens each tail (rows,) shares with the path beyond this trunk; -1 for those on another."""
+        shared = self.tails.shared(path[len(trunk) :])
+        return np.where(self.tails.base == self._number(trunk), shared, -1)
+
+    def _number(self, trunk: Keys) -> int:
+        """The row of the trunk with exactly this path; -1 where there is none."""
+        same = (self.trunks.shared(trunk) == len(trunk)) & (self.trunks.lengths == len(trunk))
+        same[self.trunks.busy :] &= len(trunk) > 0
+        return int(same.argmax()) if same.any() else -1
+
+    # Adding and releasing
+
+    def fits(self, trunks: int, trunk_tokens: int, tails: int, tail_tokens: int) -> bool:
+        """Whether so many trunks and tails of at most so many tokens can be in flight at the same time."""
+        return trunks * _rounded(trunk_tokens) + tails * _rounded(tail_tokens) <= self._limit
+
+    def reserve(self, trunks: int, trunk_tokens: int, tails: int, tail_tokens: int) -> None:
+        """Make room for so many more trunks and tails, and for this many tokens in each.
+
+        Where the limit is in the way, idle paths go, the least recently used first. The numbers of trunks and idle
+        tails may change.
         """
-        row = self.busy
-        if shared and source >= self.busy and self.lengths[source] == shared:
-            self._swap(source, row)
-        else:
-            spare = self._spare(source if shared else -1)
-            self._swap(spare, row)
-            if shared:
-                self._copy(spare if source == row else source, row, shared)
-        self.lengths[row] = shared
-        self._paths[row, :shared] = path[:shared]
-        self.busy += 1
-        return row
+        shapes = [(self.trunks, trunks, trunk_tokens), (self.tails, tails, tail_tokens)]
+        if all(tokens <= rows.columns and more <= len(rows.empty()) for rows, more, tokens in shapes):
+            return
+        wide = [(rows, more, max(rows.columns, _rounded(tokens))) for rows, more, tokens in shapes]
+        ample = [(max(rows.count, 2 * (rows.held() + more)), columns) for rows, more, columns in wide]
+        if sum(count * columns for count, columns in ample) > self._limit:
+            while sum((rows.held() + more) * columns for rows, more, columns in wide) > self._limit:
+                if not self._drop_oldest():
+                    break
+            ample = [(rows.held() + more, columns) for rows, more, columns in wide]
+        self._close_gaps()
+        self.trunks.resize(*ample[0])
+        self.tails.resize(*ample[1])
+
+    def use_trunk(self, trunk: Keys) -> bool:
+        """Put the trunk of this path in flight; False where there is none."""
+        number = self._number(trunk)
+        if number >= self.trunks.busy:
+            self._swap_trunks(number, self.trunks.busy)
+            self.trunks.busy += 1
+        return number >= 0
+
+    def add_trunk(self, path: Keys, shared: int) -> None:
+        """Put a new trunk for this path in flight, with the first `shared` tokens of what another one holds."""
+        spare = self.trunks.empty()[0]
+        self.tails.lengths[self.tails.base == spare] = 0  # what stood on a trunk of this number before
+        self.trunks.copy(_longest(self.trunks.shared(path))[0], spare, shared)
+        self._swap_trunks(spare, self.trunks.busy)
+        self.trunks.busy += 1
+
+    def add_tail(self, path: Keys, trunk: Keys, shared: int) -> None:
+        """Put a path on this trunk in flight, with its first `shared` tokens (the trunk's too) from what tails hold.
+
+        An idle tail that loses nothing is continued where it is; any other is copied.
+        """
+        source, _ = _longest(self._on(path, trunk))
+        row, kept = self.tails.busy, shared - len(trunk)
+        if not kept or source < row or self.tails.lengths[source] > kept:
+            spare = self.tails.empty()[0]
+            self.tails.copy(source, spare, kept)
+            source = spare
+        self.tails.swap(source, row)
+        self.tails.base[row] = self._number(trunk)
+        self.tails.busy += 1
 
     def release(self, row: int) -> None:
         """End what is in flight in this row; the last busy row takes its number."""
-        self.busy -= 1
-        self._swap(row, self.busy)
+        tails, trunk = self.tails, int(self.tails.base[row])
         self._uses += 1
-        self._used_at[self.busy] = self._uses
+        tails.used_at[row] = self.trunks.used_at[trunk] = self._uses
+        tails.busy -= 1
+        tails.swap(row, tails.busy)
+        if not (tails.base[: tails.busy] == trunk).any():
+            self.trunks.busy -= 1
+            self._swap_trunks(trunk, self.trunks.busy)
 
-    def reset(self) -> None:
-        """Forget all that the rows hold."""
-        self.busy = 0
-        self.lengths[:] = 0
-        self._used_at[:] = 0
+    def _swap_trunks(self, a: int, b: int) -> None:
+        self.trunks.swap(a, b)
+        on_a, on_b = self.tails.base == a, self.tails.base == b
+        self.tails.base[on_a], self.tails.base[on_b] = b, a
 
-    def _spare(self, keep: int) -> int:
-        """An idle row to overwrite: a new one while there may be more, else the least recently used but `keep`."""
-        empty = [row for row in range(self.busy, len(self.lengths)) if not self.lengths[row] and row != keep]
-        if empty:
-            return empty[0]
-        if len(self.lengths) < self._max_rows:
-            row = len(self.lengths)
-            self._grow(min(self._max_rows, max(4, 2 * row)), self._paths.shape[1])
-            return row
-        idle = [row for row in range(self.busy, len(self.lengths)) if row != keep]
-        return min(idle, key=lambda row: int(self._used_at[row]))
+    def _drop_oldest(self) -> bool:
+        """Drop the idle path that was used longest ago. A trunk is as young as the youngest tail on it."""
+        idle = [
+            (int(rows.used_at[row]), kind, rows, row)
+            for kind, rows in enumerate((self.tails, self.trunks))
+            for row in range(rows.busy, rows.count)
+            if rows.lengths[row]
+        ]
+        if idle:
+            _, _, rows, row = min(idle, key=lambda entry: entry[:2])
+            rows.lengths[row] = 0
+        return bool(idle)
 
-    def _copy(self, source: int, target: int, tokens: int) -> None:
-        for pair in self._buffers.values():
-            for buffer in pair:
-                buffer[target, :, :tokens] = buffer[source, :, :tokens]
-
-    def _swap(self, a: int, b: int) -> None:
-        if a == b:
-            return
-        tokens = int(max(self.lengths[a], self.lengths[b]))
-        for pair in self._buffers.values():
-            for buffer in pair:
-                kept = buffer[a, :, :tokens].clone()
-                buffer[a, :, :tokens] = buffer[b, :, :tokens]
-                buffer[b, :, :tokens] = kept
-        for array in (self.lengths, self._used_at, self._paths):
-            array[[a, b]] = array[[b, a]]
-
-    def _grow(self, rows: int, columns: int) -> None:
-        old_rows, old_columns = self._paths.shape
-        self.lengths = np.pad(self.lengths, (0, rows - old_rows))
-        self._used_at = np.pad(self._used_at, (0, rows - old_rows))
-        self._paths = np.pad(self._paths, ((0, rows - old_rows), (0, columns - old_columns)))
-        for layer, (keys, values) in self._buffers.items():
-            self._buffers[layer] = (_grown(keys, rows, columns), _grown(values, rows, columns))
+    def _close_gaps(self) -> None:
+        """Move what idle rows hold up against the busy ones."""
+        for rows, swap in ((self.trunks, self._swap_trunks), (self.tails, self.tails.swap)):
+            for row in range(rows.busy, rows.held()):
+                if not rows.lengths[row]:
+                    swap(row, int(np.flatnonzero(rows.lengths)[-1]))
 
     # One forward
 
-    def window(self, first: int, last: int, paths: Keys, counts: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-        """Prepare a forward in which rows `first .. last-1` take new tokens, and return its mask.
+    def extend_trunks(self, first: int, paths: Keys, counts: npt.NDArray[np.int64], device: torch.device) -> None:
+        """Prepare a forward in which the trunks from `first` on take new tokens.
 
-        `paths` (b, T) are the keys of the new tokens, `counts` (b,) how many of each row are real: the rest pads
-        it on the right. The mask (b, 1, T, S) is True where a new token may attend.
+        `paths` (b, T) are the keys of the new tokens, `counts` (b,) how many of each row are real: the rest pads it on
+        the right.
         """
-        width = paths.shape[1]
-        starts = self.lengths[first:last]
-        needed = int(starts.max()) + width
-        if needed > self._paths.shape[1]:
-            grown = max(needed, self._paths.shape[1] * 3 // 2)
-            self._grow(len(self.lengths), -(-grown // _COLUMNS) * _COLUMNS)
-        starts = self.lengths[first:last].copy()
-        columns = starts[:, None] + np.arange(width)
-        self._paths[np.arange(first, last)[:, None], columns] = paths
-        self.lengths[first:last] = starts + counts
-        self._first, self._last, self._span = first, last, int((starts + counts).max())
-        self._columns_written = torch.from_numpy(columns).to(device)
-        reach = torch.arange(self._span, device=device)
-        return reach <= self._columns_written[:, None, :, None]
+        self._forward = _Extend(self.trunks, None, first, paths, counts, device)
+
+    def extend_tails(self, first: int, paths: Keys, counts: npt.NDArray[np.int64], device: torch.device) -> None:
+        """The same for tails."""
+        self._forward = _Extend(self.tails, self.trunks, first, paths, counts, device)
+
+    def decode(self, paths: Keys, device: torch.device) -> None:
+        """Prepare a forward in which every row in flight takes one token, with these keys (b,)."""
+        self._forward = _Decode(self.tails, self.trunks, paths, device)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Called by each attention layer: store the new keys and values (b, heads, T, head_dim), return all of them."""
-        if layer not in self._buffers:
-            shape = (len(self.lengths), keys.shape[1], self._paths.shape[1], keys.shape[3])
-            self._buffers[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
-        assert self._columns_written is not None
-        rows = torch.arange(self._first, self._last, device=keys.device)[:, None]
-        stored = []
-        for buffer, new in zip(self._buffers[layer], (keys, values), strict=True):
-            buffer[rows, :, self._columns_written] = new.transpose(1, 2)
-            stored.append(buffer[self._first : self._last, :, : self._span])
-        return stored[0], stored[1]
+        """Called by each attention layer: store the new keys and values (b, heads, T, head_dim)."""
+        assert self._forward is not None
+        self._forward.store(layer, keys, values)
+        return keys, values
+
+    def attend(self, module: torch.nn.Module, query: Tensor, scaling: float | None) -> Tensor:
+        """The new tokens' attention to all of their paths: query (b, H, T, head_dim) to (b, T, H, head_dim)."""
+        assert self._forward is not None
+        return self._forward.attend(module, query, scaling)
 
 
-def _grown(buffer: Tensor, rows: int, columns: int) -> Tensor:
-    """Zeros, not uninitialised memory, behind the old content: a masked NaN would still be a NaN."""
-    grown = buffer.new_zeros((rows, buffer.shape[1], columns, buffer.shape[3]))
-    grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
-    return grown
+class _Extend:
+    """A forward in which rows that lie side by side take several tokens each. `below` are the trunks of tails."""
+
+    def __init__(
+        self,
+        target: Rows,
+        below: Rows | None,
+        first: int,
+        paths: Keys,
+        counts: npt.NDArray[np.int64],
+        device: torch.device,
+    ) -> None:
+        self.target, self.below = target, below
+        self.rows = slice(first, first + len(paths))
+        base, starts = target.base[self.rows], target.lengths[self.rows].copy()
+        real = np.arange(paths.shape[1]) < counts[:, None]
+        row = first + np.nonzero(real)[0]
+        column = target.grow(row, paths[real])
+        under = np.zeros(len(base), dtype=np.int64) if below is None else below.lengths[base]
+        self.span, self.trunk_span = int((starts + counts).max()), int(under.max())
+        self.real, self.row, self.column, self.base = (
+            torch.from_numpy(array).to(device) for array in (real, row, column, base)
+        )
+        self.visible: Tensor | None = None  # (b, 1, T, keys); None: all that comes before
+        if starts.any() or self.trunk_span:
+            seen = np.arange(self.span) <= (starts[:, None] + np.arange(paths.shape[1]))[..., None]
+            held = np.broadcast_to(np.arange(self.trunk_span) < under[:, None, None], (*paths.shape, self.trunk_span))
+            self.visible = torch.from_numpy(np.concatenate([held, seen], axis=2)[:, None]).to(device)
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        new = (x.transpose(1, 2)[self.real] for x in (keys, values))
+        self.target.write(layer, self.row, self.column, *new)
+
+    def attend(self, module: Any, query: Tensor, scaling: float | None) -> Tensor:
+        keys, values = self.target.read(module.layer_idx, self.rows, self.span)
+        if self.below is not None and self.trunk_span:
+            under = self.below.take(module.layer_idx, self.base, self.trunk_span)
+            keys, values = torch.cat([under[0], keys], 2), torch.cat([under[1], values], 2)
+        causal = self.visible is None
+        return sdpa_attention_forward(module, query, keys, values, self.visible, scaling=scaling, is_causal=causal)[0]
+
+
+class _Decode:
+    """A forward in which all b rows in flight take one token; n trunks have at most M of them each.
+
+    The keys of a trunk are read once, by the queries of all rollouts on it; the softmax is over trunk and tail.
+    """
+
+    def __init__(self, tails: Rows, trunks: Rows, paths: Keys, device: torch.device) -> None:
+        self.tails, self.trunks = tails, trunks
+        rows = np.arange(tails.busy)
+        columns = tails.grow(rows, paths)
+        base = tails.base[rows]
+        under = trunks.lengths[base]
+        members = np.bincount(base, minlength=trunks.busy)
+        order = np.argsort(base, kind="stable")
+        turn = np.empty(len(base), dtype=np.int64)
+        turn[order] = rows - (np.cumsum(members) - members)[base[order]]
+        self.size = int(members.max())  # M
+        self.span, self.trunk_span = int(columns.max()) + 1, int(under.max())
+        seen = [np.arange(self.trunk_span) < under[:, None], np.arange(self.span) <= columns[:, None]]
+        bias = np.where(np.concatenate(seen, axis=1), np.float32(0), np.float32("-inf"))
+        self.bias = torch.from_numpy(bias[:, None, None]).to(device)  # (b, 1, 1, keys)
+        self.rows, self.columns, self.places = (
+            torch.from_numpy(array).to(device) for array in (rows, columns, base * self.size + turn)
+        )
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self.tails.write(layer, self.rows, self.columns, keys[:, :, 0], values[:, :, 0])
+
+    def attend(self, module: Any, query: Tensor, scaling: float | None) -> Tensor:
+        keys, values = self.tails.read(module.layer_idx, slice(0, len(self.rows)), self.span)
+        rows, heads, _, width = query.shape
+        queries = query.reshape(rows, keys.shape[1], -1, width) * (width**-0.5 if scaling is None else scaling)
+        scores = torch.matmul(queries, keys.transpose(-1, -2))
+        if self.trunk_span:
+            below = self.trunks.read(module.layer_idx, slice(0, self.trunks.busy), self.trunk_span)
+            under = torch.matmul(self._together(queries), below[0].transpose(-1, -2))
+            scores = torch.cat([self._apart(under), scores], -1)
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        shares = (scores.to(exact) + self.bias).softmax(-1).to(scores.dtype)
+        out = torch.matmul(shares[..., self.trunk_span :], values)
+        if self.trunk_span:
+            out = out + self._apart(torch.matmul(self._together(shares[..., : self.trunk_span]), below[1]))
+        return out.reshape(rows, 1, heads, width)
+
+    def _together(self, x: Tensor) -> Tensor:
+        """(b, G, R, ·) to (n, G, M·R, ·): the rows of each trunk side by side."""
+        _, groups, repeats, last = x.shape
+        gathered = x.new_zeros((self.trunks.busy * self.size, groups, repeats, last))
+        gathered[self.places] = x
+        gathered = gathered.view(-1, self.size, groups, repeats, last).transpose(1, 2)
+        return gathered.reshape(-1, groups, self.size * repeats, last)
+
+    def _apart(self, x: Tensor) -> Tensor:
+        """The way back."""
+        _, groups, _, last = x.shape
+        rows = x.view(len(x), groups, self.size, -1, last).transpose(1, 2)
+        return rows.reshape(len(x) * self.size, groups, -1, last)[self.places]
+
+
+def _longest(shared: Keys) -> tuple[int, int]:
+    if not len(shared):
+        return 0, 0
+    best = int(shared.argmax())
+    return best, max(0, int(shared[best]))
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // _COLUMNS) * _COLUMNS

@@ -6,8 +6,8 @@ once: N rollouts prefill their prompt once, a turn only its observation, a conti
 
 import asyncio
 import hashlib
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,15 +20,16 @@ from transformers import PreTrainedModel
 from axpo.chat import Chat
 from axpo.engines.base import Finish, Generation, Request, RolloutKey
 from axpo.engines.clock import Clock
-from axpo.engines.kv import Keys, PathCache
+from axpo.engines.kv import PathCache
+from axpo.engines.pictures import Part, Pictures
+from axpo.engines.rows import Keys
 from axpo.engines.sampling import check_sampling, sample
-from axpo.policy import ImageFeatures, banned_tokens, forward_logits, image_features, vocabulary_size
+from axpo.policy import banned_tokens, forward_logits, vocabulary_size
 from axpo.positions import mrope_positions
 from axpo.tree import Ids, Image
 
 _WORTH_WAITING = 16  # tokens of a prefix that justify one more forward to compute it once
 _PREFILL_TOKENS = 8192  # at most so many, padding included, in one forward
-_CACHED_IMAGES = 256
 
 
 @dataclass
@@ -52,36 +53,56 @@ class _Job:
     following: int  # the position of the first new token
     uniforms: npt.NDArray[np.float64]
     future: asyncio.Future[Generation]
+    trunk: Keys = field(
+        default_factory=lambda: np.zeros(0, dtype=np.int64)
+    )  # the beginning of `path` that it stands on
     new_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
-    def outside_images(self, shared: int) -> int:
-        """The longest prefix of at most `shared` tokens that leaves a token to compute and splits no image."""
-        shared = min(shared, len(self.ids) - 1)
-        return next((begin for begin, end in self.runs if begin < shared < end), shared)
+    @property
+    def own_tokens(self) -> int:
+        """How many tokens its tail may come to hold."""
+        return len(self.ids) - len(self.trunk) + self.request.sampling.max_tokens
+
+    def pictures(self, start: int, end: int) -> list[Part]:
+        """The parts of images whose placeholders lie from `start` to `end`."""
+        return [
+            (image, max(start, begin) - begin, min(end, stop) - begin)
+            for image, (begin, stop) in zip(self.request.images, self.runs, strict=True)
+            if start < stop and begin < end
+        ]
+
+
+_Span = tuple[_Job, int, int]  # whose tokens are to be computed, from where to where
 
 
 class LocalEngine:
     """Implements `axpo.engines.base.Engine` over a model in this process.
 
     At most `max_batch` requests are in flight, the others wait in order. `overlap` is the number of decode
-    steps for which the engine goes on without a rollout that runs a tool, before it waits for it.
+    steps for which the engine goes on without a rollout that runs a tool, before it waits for it. Keys and values
+    take at most `kv_memory` GiB, unless one path alone takes more: over it, the paths that were used longest ago are
+    dropped, and computed again when they are asked for.
 
     A run is repeated exactly, whatever time its tools take, if every rollout lies in `rollout(key)`, those
     that run together open before the first of them asks, and none waits for another inside.
     """
 
-    def __init__(self, model: PreTrainedModel, chat: Chat, max_batch: int = 64, overlap: int = 16) -> None:
-        """Raises ValueError where `max_batch` is below 1 or `overlap` below 0."""
+    def __init__(
+        self, model: PreTrainedModel, chat: Chat, max_batch: int = 64, overlap: int = 16, kv_memory: float = 2.0
+    ) -> None:
+        """Raises ValueError where `max_batch` is below 1, `overlap` below 0 or `kv_memory` not above 0."""
         if max_batch < 1 or overlap < 0:
             raise ValueError(f"max_batch is {max_batch} and overlap {overlap}: at least 1 and 0 are needed")
+        if not kv_memory > 0:
+            raise ValueError(f"kv_memory is {kv_memory}: it must be above 0")
         self.counters = Counters()
         self._model = model
         self._chat = chat
         self._max_batch = max_batch
         self._banned = banned_tokens(chat, model)
-        self._cache = PathCache(max_batch)
-        self._features: OrderedDict[bytes, tuple[Tensor, list[Tensor]]] = OrderedDict()
+        self._cache = PathCache(int(kv_memory * 2**30 / _token_bytes(model)))
+        self._pictures = Pictures(model, chat)
         self._clock: Clock[_Job] = Clock(overlap)
         self._waiting: deque[_Job] = deque()
         self._begun: set[RolloutKey] = set()  # open rollouts that have had an answer
@@ -128,7 +149,7 @@ class LocalEngine:
         if self._jobs:
             raise RuntimeError(f"the weights cannot change while {len(self._jobs)} generations are in flight")
         self._cache.reset()
-        self._features.clear()
+        self._pictures.reset()
 
     def _job(self, request: Request) -> _Job:
         ids = np.asarray(request.ids, dtype=np.int64)
@@ -213,14 +234,21 @@ class LocalEngine:
 
     def _step(self) -> None:
         """One token for everything in flight."""
-        old = len(self._jobs)
-        logits = self._admit()
-        if old:
-            logits.insert(0, self._decode(old))
+        self._admit()
+        ids = np.array([[job.new_ids[-1] if job.new_ids else job.ids[-1]] for job in self._jobs])
+        paths = np.array([job.new_ids[-1] if job.new_ids else job.path[-1] for job in self._jobs])
+        places = [
+            np.full(3, job.following + len(job.new_ids) - 1) if job.new_ids else job.positions[:, -1]
+            for job in self._jobs
+        ]
+        self._cache.reserve(0, 0, 0, int(self._cache.tails.lengths[: len(self._jobs)].max()) + 1)
+        self._cache.decode(paths, self._model.device)
+        last = [part for job in self._jobs if not job.new_ids for part in job.pictures(len(job.ids) - 1, len(job.ids))]
+        logits = self._forward(ids, np.stack(places, axis=1)[..., None], last, keep=1)[:, 0]
         rules = [job.request.sampling for job in self._jobs]
         uniforms = [job.uniforms[len(job.new_ids)] for job in self._jobs]
-        ids, logprobs = sample(torch.cat(logits), rules, uniforms, self._banned)
-        for job, new_id, logprob in zip(self._jobs, ids.tolist(), logprobs.tolist(), strict=True):
+        new, logprobs = sample(logits, rules, uniforms, self._banned)
+        for job, new_id, logprob in zip(self._jobs, new.tolist(), logprobs.tolist(), strict=True):
             job.new_ids.append(new_id)
             job.logprobs.append(logprob)
         self._clock.step += 1
@@ -240,106 +268,87 @@ class LocalEngine:
                 finish = Finish.STOP if stopped else Finish.LENGTH
                 job.future.set_result(Generation(job.new_ids, job.logprobs, finish))
 
-    def _decode(self, rows: int) -> Tensor:
-        """The next logits (rows, V) of those that were in flight before this step."""
-        jobs = self._jobs[:rows]
-        ids = np.array([[job.new_ids[-1]] for job in jobs])
-        positions = np.array([[job.following + len(job.new_ids) - 1] for job in jobs])
-        return self._forward(0, ids, ids, np.broadcast_to(positions, (3, rows, 1)), np.ones(rows, np.int64), [])
+    def _admit(self) -> None:
+        """Move as many as there is room for from waiting into flight, and compute all but the last token of each.
 
-    def _admit(self) -> list[Tensor]:
-        """Move as many as there is room for from waiting into flight. Returns their logits, in order of rows.
-
-        Where a path shares more with one that is admitted beside it than with what is cached, it comes one
-        forward later and copies.
+        The last one is the first to be decoded, together with everything else in flight.
         """
-        room = self._max_batch - len(self._jobs)
-        jobs = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-        logits: list[Tensor] = []
+        jobs = self._admissible()
+        if not jobs:
+            return
+        old, given, computed = len(self._jobs), sum(len(job.ids) for job in jobs), self.counters.prefilled_tokens
+        trunks = list({job.trunk.tobytes(): job for job in jobs}.values())
+        self._cache.reserve(len(trunks), max(len(job.trunk) for job in trunks), 0, 0)
+        new = [job for job in trunks if not self._cache.use_trunk(job.trunk)]
+        while new:
+            wave, new = _next_wave([(j, self._cache.shared_trunk(j.trunk), len(j.trunk)) for j in new])
+            first = self._cache.trunks.busy
+            for job, shared, _ in wave:
+                self._cache.add_trunk(job.trunk, shared)
+            self._prefill(wave, first, self._cache.extend_trunks)
+        self._cache.reserve(0, 0, len(jobs), max(len(job.ids) - len(job.trunk) for job in jobs))
         while jobs:
-            wave: list[tuple[int, _Job]] = []
-            later: list[_Job] = []
-            for job in jobs:
-                shared = job.outside_images(self._cache.match(job.path)[1])
-                beside = max((_shared(job.path, other.path) for _, other in wave), default=0)
-                if job.outside_images(beside) >= shared + _WORTH_WAITING:
-                    later.append(job)
-                else:
-                    wave.append((len(job.ids) - shared, job))
-            wave.sort(key=lambda entry: entry[0])  # by what is to compute: equal lengths need no padding
-            logits += self._prefill([job for _, job in wave])
-            jobs = later
-        return logits
+            last = [(j, self._cache.shared_tail(j.path[:-1], j.trunk), len(j.ids) - 1) for j in jobs]
+            wave, jobs = _next_wave(last)
+            first = self._cache.tails.busy
+            for job, shared, _ in wave:
+                self._cache.add_tail(job.path, job.trunk, shared)
+            self._jobs += [job for job, _, _ in wave]
+            self._prefill(wave, first, self._cache.extend_tails)
+        self.counters.prefilled_tokens += len(self._jobs) - old
+        self.counters.reused_tokens += given - (self.counters.prefilled_tokens - computed)
 
-    def _prefill(self, jobs: Sequence[_Job]) -> list[Tensor]:
-        """Place these paths in the cache and compute what it lacks of them. Returns the logits that follow."""
-        first = len(self._jobs)
-        for job in jobs:
-            source, shared = self._cache.match(job.path)
-            self._cache.place(job.path, source, job.outside_images(shared))
-        self._jobs.extend(jobs)
-        starts = self._cache.lengths[first : first + len(jobs)].copy()
-        counts = np.array([len(job.ids) for job in jobs]) - starts
-        self.counters.reused_tokens += int(starts.sum())
+    def _admissible(self) -> list[_Job]:
+        """Those of the waiting who can be in flight beside the others until they end. One alone always can."""
+        jobs: list[_Job] = []
+        trunks = {job.trunk.tobytes() for job in self._jobs}
+        longest = max((len(job.trunk) for job in self._jobs), default=0)
+        own = max((job.own_tokens for job in self._jobs), default=0)
+        while self._waiting and len(self._jobs) + len(jobs) < self._max_batch:
+            job = self._waiting[0]
+            length = self._cache.trunk_under(job.path)
+            job.trunk = job.path[:-1] if length is None else job.path[:length]
+            trunks.add(job.trunk.tobytes())
+            longest, own = max(longest, len(job.trunk)), max(own, job.own_tokens)
+            rows = len(self._jobs) + len(jobs) + 1
+            if rows > 1 and not self._cache.fits(len(trunks), longest, rows, own):
+                break
+            jobs.append(self._waiting.popleft())
+        return jobs
+
+    def _prefill(self, wave: Sequence[_Span], first: int, extend: Callable[..., None]) -> None:
+        """Compute the spans of a wave, which lie in rows from `first` on, shortest first."""
+        counts = np.array([end - start for _, start, end in wave])
         self.counters.prefilled_tokens += int(counts.sum())
-        logits = []
-        for begin, end in _batches(counts):
-            group = list(zip(jobs[begin:end], starts[begin:end].tolist(), strict=True))
-            width = int(counts[begin:end].max())
-            ids = np.full((len(group), width), self._chat.pad_id)
+        for begin, stop in _batches(counts):
+            if not counts[stop - 1]:
+                continue
+            part, width = wave[begin:stop], int(counts[stop - 1])
+            ids = np.full((len(part), width), self._chat.pad_id)
             paths = ids.copy()
-            positions = np.zeros((3, len(group), width), dtype=np.int64)
-            for row, (job, start) in enumerate(group):
-                new = len(job.ids) - start
-                ids[row, :new] = job.ids[start:]
-                paths[row, :new] = job.path[start:]
-                positions[:, row, :new] = job.positions[:, start:]
-            images = [
-                image
-                for job, start in group
-                for image, (place, _) in zip(job.request.images, job.runs, strict=True)
-                if place >= start
-            ]
-            logits.append(self._forward(first + begin, ids, paths, positions, counts[begin:end], images))
-        return logits
+            positions = np.zeros((3, len(part), width), dtype=np.int64)
+            for row, (job, start, end) in enumerate(part):
+                ids[row, : end - start] = job.ids[start:end]
+                paths[row, : end - start] = job.path[start:end]
+                positions[:, row, : end - start] = job.positions[:, start:end]
+            pictures = [part for job, start, end in part for part in job.pictures(start, end)]
+            extend(first + begin, paths, counts[begin:stop], self._model.device)
+            self._forward(ids, positions, pictures, keep=0)
 
     def _forward(
-        self,
-        first: int,
-        ids: npt.NDArray[np.int64],
-        paths: Keys,
-        positions: npt.NDArray[np.int64],
-        counts: npt.NDArray[np.int64],
-        images: Sequence[Image],
+        self, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], pictures: Sequence[Part], keep: int
     ) -> Tensor:
-        """Run new tokens (b, T) of the rows from `first` on; the logits (b, V) after the last real one of each."""
+        """Run new tokens (b, T) in the rows that the cache is prepared for; returns the first `keep` logits of each."""
         device = self._model.device
-        mask = self._cache.window(first, first + len(ids), paths, counts, device)
-        logits = forward_logits(
+        return forward_logits(
             self._model,
             torch.from_numpy(ids).to(device),
             torch.from_numpy(positions.copy()).to(device),
-            mask,
-            self._encoded(images) if images else None,
-            keep=torch.from_numpy(counts - 1).to(device)[:, None],
+            None,
+            self._pictures.features(pictures) if pictures else None,
+            keep=torch.arange(keep, device=device),
             past=self._cache,
         )
-        return logits[:, 0]
-
-    def _encoded(self, images: Sequence[Image]) -> ImageFeatures:
-        """The vision features of these images, each image computed once."""
-        missing = list({image.data: image for image in images if image.data not in self._features}.values())
-        if missing:
-            new = image_features(self._model, *self._chat.pixels(missing))
-            for index, image in enumerate(missing):
-                layers = [layer[index].clone() for layer in new.deepstack_features]
-                self._features[image.data] = (new.pooler_output[index].clone(), layers)
-        for image in images:
-            self._features.move_to_end(image.data)
-        found = [self._features[image.data] for image in images]
-        while len(self._features) > _CACHED_IMAGES:
-            self._features.popitem(last=False)
-        return ImageFeatures([pooled for pooled, _ in found], list(zip(*(layers for _, layers in found), strict=True)))
 
 
 def _image_key(image: Image) -> int:
@@ -347,7 +356,30 @@ def _image_key(image: Image) -> int:
     return -1 - int.from_bytes(hashlib.blake2b(image.data, digest_size=7).digest(), "big")
 
 
-def _shared(one: Keys, other: Keys) -> int:
+def _token_bytes(model: PreTrainedModel) -> int:
+    """What the keys and values of one token take."""
+    text = model.config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * text.num_key_value_heads * width * model.dtype.itemsize)
+
+
+def _next_wave(spans: Sequence[_Span]) -> tuple[list[_Span], list[_Job]]:
+    """Which of these spans to compute now, shortest first (equal lengths need no padding), and whose come later.
+
+    One that shares more with a span beside it than with what is cached comes a forward later, and copies.
+    """
+    wave: list[_Span] = []
+    later: list[_Job] = []
+    for job, shared, end in spans:
+        beside = max((min(_common(job.path, other.path), end) for other, _, _ in wave), default=0)
+        if beside >= min(shared + _WORTH_WAITING, end) > shared:
+            later.append(job)
+        else:
+            wave.append((job, shared, end))
+    return sorted(wave, key=lambda span: span[2] - span[1]), later
+
+
+def _common(one: Keys, other: Keys) -> int:
     """The number of first tokens that two paths share."""
     width = min(len(one), len(other))
     different = np.flatnonzero(one[:width] != other[:width])
