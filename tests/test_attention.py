@@ -1,13 +1,14 @@
-"""Blocks of queries with gathered keys attend as a dense mask over the whole pack does."""
+"""Attention along the runs of a pack, and flex attention, attend as a dense mask over the whole pack does."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from axpo.attention import BLOCK, TreeMask, tree_attention
+from axpo.attention import TreeMask, tree_attention
 
 
 def random_trees(parents: list[int], sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +42,8 @@ def test_as_a_dense_mask_in_output_and_gradients(parents: list[int], sizes: list
         torch.randn(count, total, 8, generator=generator, dtype=torch.float64, requires_grad=True)
         for count in (heads[0], heads[1], heads[1])
     )
-    mask = TreeMask.of(until, torch.float64)
+    mask = TreeMask(until)
+    assert torch.equal(mask.dense, seen)
     ours = tree_attention(query, key, value, mask, 0.3)
     repeated = [x.repeat_interleave(heads[0] // heads[1], 0) for x in (key, value)]
     dense = scaled_dot_product_attention(query, *repeated, attn_mask=seen, scale=0.3)
@@ -55,12 +57,55 @@ def test_as_a_dense_mask_in_output_and_gradients(parents: list[int], sizes: list
         torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
 
 
-def test_keys_are_gathered_only_where_a_block_sees_them() -> None:
-    # One root of 2 blocks; 6 branches of a block each: a branch sees the root and itself.
-    until = torch.tensor([8 * BLOCK] * (2 * BLOCK) + [end * BLOCK for end in range(3, 9) for _ in range(BLOCK)])
-    mask = TreeMask.of(until)
-    assert mask.keys.shape == (8, 3 * BLOCK)
-    assert mask.keys[5].tolist() == [*range(2 * BLOCK), *range(5 * BLOCK, 6 * BLOCK)]
-    visible = (mask.bias == 0).sum((1, 2, 3)).tolist()
-    triangle = BLOCK * (BLOCK + 1) // 2
-    assert visible == pytest.approx([triangle, BLOCK**2 + triangle] + [2 * BLOCK**2 + triangle] * 6)
+@given(parents=st.lists(st.integers(0, 5), max_size=9), sizes=st.lists(st.integers(1, 9), min_size=10, max_size=10))
+def test_no_score_is_computed_in_vain(parents: list[int], sizes: list[int]) -> None:
+    until, seen = random_trees(parents, sizes)
+    causal = sum((end - start) * (end - start + 1) // 2 for start, end, _ in TreeMask(until).runs)
+    below = sum((end - start) * (until - end) for start, end, until in TreeMask(until).runs)
+    assert causal + below == int(seen.sum())
+
+
+def test_runs_by_hand() -> None:
+    # [0, 2) has the branches [2, 3) and [3, 5); what [3, 4) continues as in [4, 5) is the same run. Then another tree.
+    assert TreeMask(torch.tensor([5, 5, 3, 5, 5, 6])).runs == ((0, 2, 5), (2, 3, 3), (3, 5, 5), (5, 6, 6))
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    until, _ = random_trees([1, 1, 2, 0, 1], [40, 30, 20, 90, 7, 60])
+    generator = torch.Generator().manual_seed(0)
+    wide = [torch.randn(count, len(until), 8, generator=generator).requires_grad_() for count in (4, 2, 2)]
+    narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
+    ours, exact = (tree_attention(*given, TreeMask(until), None) for given in (narrow, wide))
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), exact, atol=0.03, rtol=0)
+    slopes = (torch.autograd.grad(out.float().square().sum(), given) for out, given in ((ours, narrow), (exact, wide)))
+    for one, other in zip(*slopes, strict=True):
+        assert (one.float() - other).norm() < 0.02 * other.norm()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_as_the_dense_mask() -> None:
+    until, seen = random_trees([1, 1, 2, 0, 1], [90, 130, 20, 90, 7, 60])
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 4, len(until), 16, generator=generator) for _ in range(3))
+    flex = flex_attention(query, key, value, block_mask=TreeMask(until).blocks, scale=0.3)
+    dense = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=0.3)
+    torch.testing.assert_close(flex, dense, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention has gradients on CUDA only")
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_flex_attention_on_cuda_as_the_dense_mask_in_output_and_gradients(kind: torch.dtype) -> None:
+    for sizes in ([90, 130, 20, 90, 7, 60], [200, 30, 300, 1, 64, 65]):  # two lengths, neither a multiple of a block
+        until, seen = (x.cuda() for x in random_trees([1, 1, 2, 0, 1], sizes))
+        shapes = [(4, len(until), 32), (2, len(until), 32), (2, len(until), 32)]
+        given = [torch.randn(shape, device="cuda").to(kind).requires_grad_() for shape in shapes]
+        exact = [x.detach().double().requires_grad_() for x in given]
+        ours = tree_attention(*given, TreeMask(until), 0.3)
+        repeated = [exact[0], *(x.repeat_interleave(2, 0) for x in exact[1:])]
+        dense = scaled_dot_product_attention(*repeated, attn_mask=seen, scale=0.3)
+        torch.testing.assert_close(ours.double(), dense, atol=0.03, rtol=0)
+        slope = torch.randn_like(dense)
+        near = torch.autograd.grad((ours.double() * slope).sum(), given)
+        for one, other in zip(near, torch.autograd.grad((dense * slope).sum(), exact), strict=True):
+            assert (one.double() - other).norm() < 0.02 * other.norm()

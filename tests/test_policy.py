@@ -133,7 +133,7 @@ def test_text_only_model(tmp_path: Path) -> None:
     # A tree whose one branch is [4, 8, 15] and the other [4, 8, 23].
     until, tree = torch.tensor([4, 4, 3, 4]), torch.tensor([[4, 8, 15, 23]])
     places = torch.tensor([0, 1, 2, 2]).expand(3, 1, 4)
-    packed = forward_logits(model, tree, places, TreeMask.of(until))
+    packed = forward_logits(model, tree, places, TreeMask(until))
     torch.testing.assert_close(packed[:, :3], expected[:, :3])
     other = model(input_ids=torch.tensor([[4, 8, 23]])).logits
     torch.testing.assert_close(packed[:, 3], other[:, 2])

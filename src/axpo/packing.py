@@ -168,7 +168,7 @@ def pack_logprobs(model: PreTrainedModel, pack: Pack, chat: Chat, banned: Tensor
     """
     device = model.device
     images = chat.pixels(pack.images) if pack.images else None
-    mask = TreeMask.of(pack.until.to(device), model.dtype)
+    mask = TreeMask(pack.until.to(device))
     ids, positions = pack.ids[None].to(device), pack.positions[:, None].to(device)
     hidden = forward_hidden(model, ids, positions, mask, images, pack.keep.to(device))[0]
     rows = hidden.index_select(0, pack.sources.to(device))
