@@ -45,6 +45,8 @@ class Script:
 
     def update_weights(self) -> None: ...
 
+    async def settle(self, key: RolloutKey) -> None: ...
+
     async def generate(self, request: Request) -> Generation:
         self.requests.append(request)
         text = self.texts[request.rollout.index].pop(0)

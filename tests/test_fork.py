@@ -1,11 +1,12 @@
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axpo.fork import Candidate, allocate, candidates, open_prefix, prefix_budget
+from axpo.fork import Allocation, Candidate, allocate, candidates, open_prefix, prefix_budget
 from axpo.tree import CallSpan, Kind, Outcome, RolloutTree, Segment, StopReason, TreeError
 
 CALL = CallSpan(2, 3, 5)
@@ -165,3 +166,29 @@ def test_allocation_is_breadth_first_within_the_budget(confidences: list[list[fl
     for tree, group in enumerate(per_tree):  # whoever got less than another had no more to give, or the budget ended
         if taken[tree] < len(group):
             assert max(taken.values(), default=0) <= taken[tree] + 1
+
+
+def test_a_pick_is_known_as_soon_as_nothing_can_take_its_place():
+    first, second, third = ranked([0.5, 0.6], [0.9], [0.1])
+    allocation = Allocation(3, budget=3, most=2)
+    # Both others may still hold two, of which one each comes before the first round's and two before the second's.
+    assert [(tree, number) for tree, number, _ in allocation.ended(0, first)] == [(0, 0)]
+    assert [(tree, number) for tree, number, _ in allocation.ended(2, third)] == [(2, 0)]
+    assert allocation.ended(1, second) == [(1, 0, second[0])]
+    assert Allocation(2, budget=1, most=2).ended(0, first) == []
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.7]), max_size=4).map(sorted), min_size=1, max_size=6),
+    st.integers(0, 20),
+    st.randoms(use_true_random=False),
+)
+def test_allocation_while_groups_run_is_the_sequential_one(confidences: list[list[float]], budget: int, order: Any):
+    per_tree = ranked(*confidences)
+    allocation = Allocation(len(per_tree), budget, most=4)
+    trees = list(range(len(per_tree)))
+    order.shuffle(trees)
+    picks = [pick for tree in trees for pick in allocation.ended(tree, per_tree[tree])]
+    assert all(per_tree[tree][number] is candidate for tree, number, candidate in picks)
+    together = [(tree, id(candidate)) for tree, _, candidate in picks]
+    assert sorted(together) == sorted((tree, id(candidate)) for tree, candidate in allocate(per_tree, budget))

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +19,14 @@ from axpo.config import load_config
 from axpo.credit import credit_axpo, credit_grpo
 from axpo.diagnostics.gap import is_forked
 from axpo.engines.base import Generation, Request
+from axpo.fork import Allocation, Candidate, allocate
 from axpo.miniature.scene import draw_scene
 from axpo.miniature.tools import zoom_call
 from axpo.miniature.world import sample_scene
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
 from axpo.questions import Question, Trajectory, Turn
+from axpo.rewards.verify import Verdict
 from axpo.sft import imitate, sft_steps, trajectory_tree
 from axpo.trainer import Trainer
 from axpo.tree import Kind, RolloutTree
@@ -106,7 +111,6 @@ def test_sampling_logprobs_equal_a_fresh_forward_over_the_packed_tree(make_train
     async def roll() -> list[RolloutTree]:
         groups = trainer.agent.new_groups(trainer.batch(0))
         await trainer.roll_out(groups, 0)
-        await trainer.resample(groups, 0)
         return [tree for tree, _ in groups]
 
     trees = asyncio.run(roll())
@@ -141,7 +145,6 @@ def test_what_the_trees_share_is_prefilled_once(make_trainer: Maker) -> None:
     async def roll() -> list[RolloutTree]:
         groups = trainer.agent.new_groups(trainer.batch(0))
         await trainer.roll_out(groups, 0)
-        await trainer.resample(groups, 0)
         return [tree for tree, _ in groups]
 
     trees = asyncio.run(roll())
@@ -151,6 +154,77 @@ def test_what_the_trees_share_is_prefilled_once(make_trainer: Maker) -> None:
     prefilled = engine.counters.prefilled_tokens  # type: ignore[attr-defined]
     assert prefilled <= given + asked
     assert prefilled <= 1.02 * sum(map(len, segments))
+
+
+def rolled_out(trainer: Trainer) -> tuple[list[RolloutTree], list[tuple[int, ...]]]:
+    """The trees of the first step, and the shapes of all forwards that made them."""
+    shapes: list[tuple[int, ...]] = []
+    hook = trainer.model.model.language_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    groups = trainer.agent.new_groups(trainer.batch(0))
+    asyncio.run(trainer.roll_out(groups, 0))
+    hook.remove()
+    return [tree for tree, _ in groups], shapes
+
+
+def written(trees: Sequence[RolloutTree]) -> list[list[object]]:
+    return [[(s.kind, s.resampled, s.ids.tolist()) for s in tree.segments()] for tree in trees]
+
+
+def test_resampling_begins_beside_the_rollouts_and_is_repeated_exactly(make_trainer: Maker) -> None:
+    """Scoring takes as long as it likes; groups end one after another, as there are few places."""
+    runs = []
+    for seed in range(3):
+        trainer, *_ = make_trainer("engine.max_batch=3", "engine.overlap=2", "rollout.temperature=1.3")
+        naps, keys = random.Random(seed), list[int]()
+        score, generate = trainer.agent.score, trainer.agent.engine.generate
+
+        def slowly(text: str, question: Question, naps: random.Random = naps, score: Any = score) -> Verdict:
+            time.sleep(naps.choice([0, 0, 0.01, 0.1]))
+            return score(text, question)
+
+        async def noting(request: Request, keys: list[int] = keys, generate: Any = generate) -> Generation:
+            keys.append(request.rollout.index)
+            return await generate(request)
+
+        trainer.agent.engine.generate = noting  # type: ignore[method-assign]
+        trainer.agent = replace(trainer.agent, score=slowly)
+        trees, shapes = rolled_out(trainer)
+        logprobs = [s.logprobs.tolist() for tree in trees for s in tree.segments() if s.logprobs is not None]
+        runs.append((written(trees), logprobs, shapes))
+        begun = [place for place, key in enumerate(keys) if key >= 4]
+        assert begun
+        assert any(key < 4 for key in keys[begun[0] :])  # a rollout asks for its next turn after that
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_resampling_beside_the_rollouts_resamples_what_it_would_after_them(make_trainer: Maker) -> None:
+    class Sequential(Allocation):
+        """Picks nothing before every group has ended."""
+
+        def __init__(self, trees: int, budget: int, most: int) -> None:
+            self.waiting, self.budget = dict[int, Any](), budget
+            self.trees = trees
+
+        def ended(self, tree: int, ranked: Sequence[Candidate]) -> list[tuple[int, int, Candidate]]:
+            self.waiting[tree] = ranked
+            if len(self.waiting) < self.trees:
+                return []
+            picks, taken = [], [0] * self.trees
+            for index, candidate in allocate([self.waiting[place] for place in range(self.trees)], self.budget):
+                picks.append((index, taken[index], candidate))
+                taken[index] += 1
+            return picks
+
+    runs = []
+    for kind in (Allocation, Sequential):
+        trainer, *_ = make_trainer("engine.max_batch=3", "engine.overlap=2", "rollout.temperature=1.3")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("axpo.trainer.Allocation", kind)
+            runs.append(written(rolled_out(trainer)[0]))
+    assert runs[0] == runs[1]
+    assert any(resampled for tree in runs[0] for _, resampled, _ in tree)  # type: ignore[misc]
 
 
 def test_a_step_forks_within_its_budget_and_learns(make_trainer: Maker) -> None:

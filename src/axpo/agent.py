@@ -6,6 +6,7 @@ Tokens are only ever appended. A limit never cuts inside a turn: an observation 
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -79,35 +80,62 @@ class Agent:
 
         A key is unique in its tree. `seed` ends with the group's place among those drawn together.
         """
-        tree, question = group
-        ends = await asyncio.gather(*(self._rollout(tree, question, start, key, seed) for key in keys))
-        # Siblings in order of their keys, not of their arrival, so that a run can be repeated.
-        arrived = [child for child in start.children if child not in [first for first, _ in ends]]
-        start.children = arrived + [first for first, _ in ends]
+        await self.begin(group, start, keys, seed)
+
+    def begin(
+        self, group: Group, start: Segment, keys: range, seed: Sequence[int], then: Callable[[], None] | None = None
+    ) -> "asyncio.Future[list[None]]":
+        """Begin to draw; the rollouts have ended when what it returns is done.
+
+        `then` is called when all of them are scored. What it begins joins the run in a way that can be repeated.
+        """
+        arrived, ends = list(start.children), dict[int, Segment]()
+
+        async def one(key: int, name: RolloutKey, opened: ExitStack) -> None:
+            ends[key] = await self._rollout(group, start, name, seed, opened if then is None else None)
+            if len(ends) == len(keys):
+                # Siblings in order of their keys, not of their arrival, so that a run can be repeated.
+                start.children = arrived + [ends[key] for key in keys]
+                if then is not None:
+                    then()
+
+        tasks = []
+        for key in keys:
+            name, opened = RolloutKey(group[0].question_id, key, seed[-1]), ExitStack()
+            opened.enter_context(self.engine.rollout(name))
+            task = asyncio.ensure_future(one(key, name, opened))
+            task.add_done_callback(partial(_close, opened))
+            tasks.append(task)
+        return asyncio.gather(*tasks)
 
     async def _rollout(
-        self, tree: RolloutTree, question: Question, start: Segment, index: int, seed: Sequence[int]
-    ) -> tuple[Segment, Segment]:
-        """One rollout from `start` to its outcome; returns its first segment and its leaf."""
-        path = start.path()
-        shown = [image.data for segment in path for image in segment.images]
-        key = RolloutKey(tree.question_id, index, seed[-1])
+        self, group: Group, start: Segment, key: RolloutKey, seed: Sequence[int], opened: ExitStack | None
+    ) -> Segment:
+        """One rollout from `start` to its outcome; returns its first segment.
+
+        With `opened` it closes that before it is scored, so that nobody waits for its score. Else it settles last.
+        """
+        tree, question = group
+        shown = [image.data for segment in start.path() for image in segment.images]
         segment, text = start, ""
         first: Segment | None = None
         outcome: Outcome | None = None
-        with self.engine.rollout(key):
-            async with Conversation(shown) as conversation:
-                while outcome is None:
-                    turn_seed = _seed(*seed, index, _depth(segment))
-                    segment, text, calls, outcome = await self._turn(tree, segment, key, turn_seed)
-                    first = first or segment
-                    if outcome is None:
-                        segment, outcome = await self._act(tree, segment, calls, conversation)
+        async with Conversation(shown) as conversation:
+            while outcome is None:
+                turn_seed = _seed(*seed, key.index, _depth(segment))
+                segment, text, calls, outcome = await self._turn(tree, segment, key, turn_seed)
+                first = first or segment
+                if outcome is None:
+                    segment, outcome = await self._act(tree, segment, calls, conversation)
+        if opened is not None:
+            opened.close()
         if outcome.stop is StopReason.ANSWER:
             outcome = await self._judge(text, question)
         segment.outcome = outcome
+        if opened is None:
+            await self.engine.settle(key)
         assert first is not None
-        return first, segment
+        return first
 
     async def _turn(
         self, tree: RolloutTree, parent: Segment, key: RolloutKey, seed: int
@@ -164,6 +192,10 @@ class Agent:
         if not verdict.decided:
             return Outcome(StopReason.VOID, None, verdict.answer, verdict.by)
         return Outcome(StopReason.ANSWER, verdict.score, verdict.answer, verdict.by)
+
+
+def _close(opened: ExitStack, _: "asyncio.Future[None]") -> None:
+    opened.close()
 
 
 def _depth(segment: Segment) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -56,17 +57,58 @@ def prefix_budget(ratio: float, questions: int, rollouts: int, continuations: in
     return Fraction(repr(float(ratio))) * questions * rollouts // continuations
 
 
-def allocate(per_tree: Sequence[Sequence[Candidate]], budget: int) -> list[tuple[int, Candidate]]:
+class _Ranked(Protocol):
+    @property
+    def confidence(self) -> float: ...
+
+
+_R = TypeVar("_R", bound=_Ranked)
+
+
+def allocate(per_tree: Sequence[Sequence[_R]], budget: int) -> list[tuple[int, _R]]:
     """Spend `budget` prefixes breadth first: (index of the tree, candidate), in order of selection.
 
     `per_tree` holds each question's candidates in their order of preference. Round j gives every question its
     j-th before any gets its (j+1)-th; within a round the least confident comes first (ties: order of the trees).
     """
-    order: list[tuple[int, Candidate]] = []
+    order: list[tuple[int, _R]] = []
     for j in range(max(map(len, per_tree), default=0)):
         turn = [(index, ranked[j]) for index, ranked in enumerate(per_tree) if j < len(ranked)]
         order += sorted(turn, key=lambda pair: pair[1].confidence)
     return list(islice(order, budget))
+
+
+class Allocation:
+    """`allocate` while groups are still running: a candidate is picked as soon as nothing can take its place.
+
+    All picks together are those of `allocate` once every group is known, whatever the order in which they end.
+    """
+
+    def __init__(self, trees: int, budget: int, most: int) -> None:
+        """`most` candidates at the most come from one tree."""
+        self._budget = budget
+        # A group that is still running may hold that many candidates, all of which go before those that are known.
+        self._per_tree: list[Sequence[Candidate | _Unknown]] = [[_Unknown()] * most for _ in range(trees)]
+        self._picked = [0] * trees
+
+    def ended(self, tree: int, ranked: Sequence[Candidate]) -> list[tuple[int, int, Candidate]]:
+        """The candidates of a tree are known. Returns what is picked now: (tree, its candidate's number, candidate)."""
+        self._per_tree[tree] = ranked
+        picks: list[tuple[int, int, Candidate]] = []
+        seen = [0] * len(self._per_tree)
+        for index, candidate in allocate(self._per_tree, self._budget):
+            if isinstance(candidate, Candidate) and seen[index] == self._picked[index]:
+                picks.append((index, seen[index], candidate))
+                self._picked[index] += 1
+            seen[index] += 1
+        return picks
+
+
+@dataclass(frozen=True)
+class _Unknown:
+    """What a group that is still running may turn out to hold."""
+
+    confidence: float = -1.0
 
 
 def open_prefix(tree: RolloutTree, candidate: Candidate) -> Segment:

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from axpo.agent import Agent, Group
 from axpo.config import Config
 from axpo.diagnostics.gap import measure
-from axpo.fork import allocate, open_prefix, prefix_budget
+from axpo.fork import Allocation, open_prefix, prefix_budget
 from axpo.loss import kl_k3, token_weights
 from axpo.methods import method
 from axpo.optimizer import Optimizer
@@ -52,7 +53,6 @@ class Trainer:
         groups = self.agent.new_groups(self.batch(number))
         trees = [tree for tree, _ in groups]
         await self.roll_out(groups, number)
-        await self.resample(groups, number)
         rolled_out = time.perf_counter()
         for tree in trees:
             self.method.credit(tree, self.config.method.deviation)
@@ -72,25 +72,35 @@ class Trainer:
         return [self.questions[orders[p // total][p % total]] for p in places]
 
     async def roll_out(self, groups: Sequence[Group], number: int) -> None:
-        """N rollouts of every question."""
-        keys, seed = range(self.config.rollout.rollouts), (TRAINING, self.config.seed, number)
-        await asyncio.gather(*(self.agent.draw(g, g[0].root, keys, (*seed, i)) for i, g in enumerate(groups)))
+        """N rollouts of every question, and K continuations of each failed call that the budget allows.
 
-    async def resample(self, groups: Sequence[Group], number: int) -> None:
-        """Fork the failed calls that the budget allows, and draw K continuations of each."""
-        if self.method.candidates is None:
-            return
-        options, count = self.config.method, self.config.rollout.rollouts
-        budget = prefix_budget(options.budget, len(groups), count, options.continuations)
-        picks = allocate([self.method.candidates(tree) for tree, _ in groups], budget)
-        work = []
-        for rank, (index, candidate) in enumerate(picks):
-            prefix = open_prefix(groups[index][0], candidate)
-            first = count + rank * options.continuations
-            keys = range(first, first + options.continuations)
-            seed = (TRAINING, self.config.seed, number, index)
-            work.append(self.agent.draw(groups[index], prefix, keys, seed))
-        await asyncio.gather(*work)
+        A call is resampled as soon as its group is scored and nothing can keep it out of the budget any more.
+        """
+        method, count, more = self.method, self.config.rollout.rollouts, self.config.method.continuations
+        seed = (TRAINING, self.config.seed, number)
+        budget = prefix_budget(self.config.method.budget, len(groups), count, more)
+        allocation = Allocation(len(groups), budget, most=count)
+        resampling: list[asyncio.Future[list[None]]] = []
+
+        def resample(scored: int) -> None:
+            assert method.candidates is not None
+            for index, turn, candidate in allocation.ended(scored, method.candidates(groups[scored][0])):
+                prefix = open_prefix(groups[index][0], candidate)
+                keys = range(count + turn * more, count + (turn + 1) * more)
+                resampling.append(self.agent.begin(groups[index], prefix, keys, (*seed, index)))
+
+        rollouts = [
+            self.agent.begin(
+                group,
+                group[0].root,
+                range(count),
+                (*seed, index),
+                then=None if method.candidates is None else partial(resample, index),
+            )
+            for index, group in enumerate(groups)
+        ]
+        await asyncio.gather(*rollouts)
+        await asyncio.gather(*resampling)
 
     def update(self, trees: Sequence[RolloutTree]) -> Figures:
         """One optimizer step for each minibatch of questions (eq. 5)."""

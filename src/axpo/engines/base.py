@@ -70,6 +70,14 @@ class Engine(Protocol):
         """Surrounds one rollout, so that the engine knows that further requests of it may come."""
         ...
 
+    async def settle(self, key: RolloutKey) -> None:
+        """Return at a moment that does not depend on how long the tools and the scoring of this rollout have taken.
+
+        What it starts then, before its next await, is part of a run that can be repeated. Engines that cannot repeat
+        a run return at once.
+        """
+        ...
+
     def update_weights(self) -> None:
         """The policy's weights have changed: forget what was computed with the old ones."""
         ...

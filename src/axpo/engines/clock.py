@@ -56,13 +56,13 @@ class Clock(Generic[Job]):
         self._held.append((due, key, self._asked, job))
         self._asked += 1
 
-    def answered(self, key: RolloutKey, job: Job) -> None:
-        """A request has been answered, or given up: its rollout is away from now on."""
+    def answered(self, key: RolloutKey, job: Job, at_once: bool = False) -> None:
+        """A request has been answered, or given up: its rollout is away from now on, or expected back at once."""
         self._held = [held for held in self._held if held[3] is not job]
         rollout = self._open.get(key)
         if rollout is not None and job in rollout.asking:
             rollout.asking.remove(job)
-            rollout.deadline = self.step + self._overlap
+            rollout.deadline = self.step + (0 if at_once else self._overlap)
 
     def asking(self) -> list[Job]:
         """All requests that are not taken yet."""

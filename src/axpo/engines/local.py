@@ -60,6 +60,10 @@ class _Job:
     logprobs: list[float] = field(default_factory=list)
 
     @property
+    def key(self) -> RolloutKey:
+        return self.request.rollout
+
+    @property
     def own_tokens(self) -> int:
         """How many tokens its tail may come to hold."""
         return len(self.ids) - len(self.trunk) + self.request.sampling.max_tokens
@@ -71,6 +75,14 @@ class _Job:
             for image, (begin, stop) in zip(self.request.images, self.runs, strict=True)
             if start < stop and begin < end
         ]
+
+
+@dataclass(eq=False)
+class _Pause:
+    """A rollout that waits for its time."""
+
+    key: RolloutKey
+    future: asyncio.Future[None]
 
 
 _Span = tuple[_Job, int, int]  # whose tokens are to be computed, from where to where
@@ -103,7 +115,7 @@ class LocalEngine:
         self._banned = banned_tokens(chat, model)
         self._cache = PathCache(int(kv_memory * 2**30 / _token_bytes(model)))
         self._pictures = Pictures(model, chat)
-        self._clock: Clock[_Job] = Clock(overlap)
+        self._clock: Clock[_Job | _Pause] = Clock(overlap)
         self._waiting: deque[_Job] = deque()
         self._begun: set[RolloutKey] = set()  # open rollouts that have had an answer
         self._jobs: list[_Job] = []  # in flight, in the order of the cache's rows
@@ -128,6 +140,19 @@ class LocalEngine:
             self._clock.answered(key, job)
             self._changed.set()
             raise
+
+    async def settle(self, key: RolloutKey) -> None:
+        """Wait for the step at which this rollout is expected back. See `Engine`."""
+        loop = asyncio.get_running_loop()
+        pause = _Pause(key, loop.create_future())
+        self._run_driver(loop)
+        self._clock.ask(key, pause)
+        self._changed.set()
+        try:
+            await pause.future
+        finally:
+            self._clock.answered(key, pause, at_once=True)
+            self._changed.set()
 
     @contextmanager
     def rollout(self, key: RolloutKey) -> Iterator[None]:
@@ -187,9 +212,17 @@ class LocalEngine:
                 while self._clock.late():
                     self._changed.clear()
                     await self._changed.wait()
+                due = self._clock.take_due()
+                pauses = [entry for entry in due if isinstance(entry, _Pause)]
+                for pause in pauses:
+                    self._clock.answered(pause.key, pause, at_once=True)
+                    if not pause.future.done():
+                        pause.future.set_result(None)
                 # Who has begun comes first: its keys and values are still here, and its tools hold resources.
-                waiting = [*self._waiting, *self._clock.take_due()]
-                self._waiting = deque(sorted(waiting, key=lambda job: job.request.rollout not in self._begun))
+                waiting = [*self._waiting, *(entry for entry in due if isinstance(entry, _Job))]
+                self._waiting = deque(sorted(waiting, key=lambda job: job.key not in self._begun))
+                if pauses:
+                    continue  # what they start now is part of the next step
                 self._drop_cancelled()
                 if self._jobs or self._waiting:
                     with torch.no_grad():
@@ -211,7 +244,7 @@ class LocalEngine:
             self._jobs.clear()
             self._cache.reset()
         for job in jobs:
-            self._clock.answered(job.request.rollout, job)
+            self._clock.answered(job.key, job)
             if job.future.get_loop().is_closed():
                 continue
             if not isinstance(error, Exception):
@@ -261,9 +294,9 @@ class LocalEngine:
         stopped = job.new_ids[-1] == self._chat.stop_id
         if stopped or len(job.new_ids) == job.request.sampling.max_tokens:
             self._release(row)
-            self._clock.answered(job.request.rollout, job)
-            if self._clock.is_open(job.request.rollout):
-                self._begun.add(job.request.rollout)
+            self._clock.answered(job.key, job)
+            if self._clock.is_open(job.key):
+                self._begun.add(job.key)
             if not job.future.done():
                 finish = Finish.STOP if stopped else Finish.LENGTH
                 job.future.set_result(Generation(job.new_ids, job.logprobs, finish))

@@ -52,6 +52,9 @@ class Teacher:
     def rollout(self, key: RolloutKey) -> AbstractContextManager[None]:
         return nullcontext()
 
+    async def settle(self, key: RolloutKey) -> None:
+        """A script takes no time."""
+
     def update_weights(self) -> None:
         """A script has no weights."""
 
