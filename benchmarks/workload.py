@@ -15,7 +15,8 @@ from axpo.build import load_chat, load_model
 from axpo.chat import Chat
 from axpo.config import Config
 from axpo.engines.base import Sampling
-from axpo.engines.local import LocalEngine, _Job
+from axpo.engines.jobs import Job
+from axpo.engines.local import LocalEngine
 from axpo.miniature.world import sample_problems
 from axpo.questions import Question
 from axpo.rewards.verify import Verdict
@@ -119,11 +120,11 @@ class ScriptedEngine(LocalEngine):
     script: Script
 
     def _finish(self, row: int) -> None:
-        job: _Job = self._jobs[row]
+        job: Job = self._jobs[row]
         job.new_ids[-1] = self._scripted(job)
         super()._finish(row)
 
-    def _scripted(self, job: _Job) -> int:
+    def _scripted(self, job: Job) -> int:
         begun = int(np.flatnonzero(job.ids == self.script.started)[-1]) + self.script.header
         replied = bool((job.ids[:begun] == self.script.replied).any())
         return self.script.turn(job.request.rollout.index, replied)[len(job.ids) - begun + len(job.new_ids) - 1]

@@ -5,11 +5,10 @@ once: N rollouts prefill their prompt once, a turn only its observation, a conti
 """
 
 import asyncio
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +19,11 @@ from transformers import PreTrainedModel
 from axpo.chat import Chat
 from axpo.engines.base import Finish, Generation, Request, RolloutKey
 from axpo.engines.clock import Clock
+from axpo.engines.jobs import Job, Pause, Span, batches, next_wave
 from axpo.engines.kv import PathCache
 from axpo.engines.pictures import Part, Pictures
-from axpo.engines.rows import Keys
-from axpo.engines.sampling import check_sampling, sample
+from axpo.engines.sampling import sample
 from axpo.policy import banned_tokens, forward_logits, vocabulary_size
-from axpo.positions import mrope_positions
-from axpo.tree import Ids, Image
-
-_WORTH_WAITING = 16  # tokens of a prefix that justify one more forward to compute it once
-_PREFILL_TOKENS = 8192  # at most so many, padding included, in one forward
 
 
 @dataclass
@@ -39,53 +33,6 @@ class Counters:
     prefilled_tokens: int = 0
     reused_tokens: int = 0
     decoded_tokens: int = 0
-
-
-@dataclass(eq=False)
-class _Job:
-    """A request being answered. `path` (n,) are its keys in the cache, `positions` (3, n)."""
-
-    request: Request
-    ids: Ids
-    path: Keys
-    runs: list[tuple[int, int]]  # where each image's placeholders begin and end
-    positions: npt.NDArray[np.int64]
-    following: int  # the position of the first new token
-    uniforms: npt.NDArray[np.float64]
-    future: asyncio.Future[Generation]
-    trunk: Keys = field(
-        default_factory=lambda: np.zeros(0, dtype=np.int64)
-    )  # the beginning of `path` that it stands on
-    new_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    @property
-    def key(self) -> RolloutKey:
-        return self.request.rollout
-
-    @property
-    def own_tokens(self) -> int:
-        """How many tokens its tail may come to hold."""
-        return len(self.ids) - len(self.trunk) + self.request.sampling.max_tokens
-
-    def pictures(self, start: int, end: int) -> list[Part]:
-        """The parts of images whose placeholders lie from `start` to `end`."""
-        return [
-            (image, max(start, begin) - begin, min(end, stop) - begin)
-            for image, (begin, stop) in zip(self.request.images, self.runs, strict=True)
-            if start < stop and begin < end
-        ]
-
-
-@dataclass(eq=False)
-class _Pause:
-    """A rollout that waits for its time."""
-
-    key: RolloutKey
-    future: asyncio.Future[None]
-
-
-_Span = tuple[_Job, int, int]  # whose tokens are to be computed, from where to where
 
 
 class LocalEngine:
@@ -115,10 +62,10 @@ class LocalEngine:
         self._banned = banned_tokens(chat, model)
         self._cache = PathCache(int(kv_memory * 2**30 / _token_bytes(model)))
         self._pictures = Pictures(model, chat)
-        self._clock: Clock[_Job | _Pause] = Clock(overlap)
-        self._waiting: deque[_Job] = deque()
+        self._clock: Clock[Job | Pause] = Clock(overlap)
+        self._waiting: deque[Job] = deque()
         self._begun: set[RolloutKey] = set()  # open rollouts that have had an answer
-        self._jobs: list[_Job] = []  # in flight, in the order of the cache's rows
+        self._jobs: list[Job] = []  # in flight, in the order of the cache's rows
         self._driver: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
@@ -129,7 +76,7 @@ class LocalEngine:
 
         Raises ValueError where ids, images or sampling make no sense, and whatever the model raises in a step.
         """
-        job = self._job(request)
+        job = Job.of(request, self._chat, vocabulary_size(self._model))
         key = request.rollout
         self._run_driver(job.future.get_loop())
         self._clock.ask(key, job)
@@ -144,7 +91,7 @@ class LocalEngine:
     async def settle(self, key: RolloutKey) -> None:
         """Wait for the step at which this rollout is expected back. See `Engine`."""
         loop = asyncio.get_running_loop()
-        pause = _Pause(key, loop.create_future())
+        pause = Pause(key, loop.create_future())
         self._run_driver(loop)
         self._clock.ask(key, pause)
         self._changed.set()
@@ -176,25 +123,6 @@ class LocalEngine:
         self._cache.reset()
         self._pictures.reset()
 
-    def _job(self, request: Request) -> _Job:
-        ids = np.asarray(request.ids, dtype=np.int64)
-        if not len(ids):
-            raise ValueError("a request needs at least one id")
-        if ids.min() < 0 or ids.max() >= vocabulary_size(self._model):
-            raise ValueError(f"a request holds ids outside 0..{vocabulary_size(self._model) - 1}")
-        check_sampling(request.sampling)
-        placeholder = -1 if self._chat.image_token_id is None else self._chat.image_token_id
-        positions, following = mrope_positions(ids, request.images, placeholder, self._chat.merge_size)
-        path, runs = ids.copy(), []
-        places = iter(np.flatnonzero(ids == placeholder).tolist())
-        for image in request.images:
-            run = [next(places) for _ in range(image.tokens)]
-            runs.append((run[0], run[-1] + 1))
-            path[run] = _image_key(image)
-        uniforms = np.random.Generator(np.random.Philox(request.seed)).random(request.sampling.max_tokens)
-        future = asyncio.get_running_loop().create_future()
-        return _Job(request, ids, path, runs, positions, following, uniforms, future)
-
     # Driving
 
     def _run_driver(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -213,13 +141,13 @@ class LocalEngine:
                     self._changed.clear()
                     await self._changed.wait()
                 due = self._clock.take_due()
-                pauses = [entry for entry in due if isinstance(entry, _Pause)]
+                pauses = [entry for entry in due if isinstance(entry, Pause)]
                 for pause in pauses:
                     self._clock.answered(pause.key, pause, at_once=True)
                     if not pause.future.done():
                         pause.future.set_result(None)
                 # Who has begun comes first: its keys and values are still here, and its tools hold resources.
-                waiting = [*self._waiting, *(entry for entry in due if isinstance(entry, _Job))]
+                waiting = [*self._waiting, *(entry for entry in due if isinstance(entry, Job))]
                 self._waiting = deque(sorted(waiting, key=lambda job: job.key not in self._begun))
                 if pauses:
                     continue  # what they start now is part of the next step
@@ -268,16 +196,13 @@ class LocalEngine:
     def _step(self) -> None:
         """One token for everything in flight."""
         self._admit()
-        ids = np.array([[job.new_ids[-1] if job.new_ids else job.ids[-1]] for job in self._jobs])
-        paths = np.array([job.new_ids[-1] if job.new_ids else job.path[-1] for job in self._jobs])
-        places = [
-            np.full(3, job.following + len(job.new_ids) - 1) if job.new_ids else job.positions[:, -1]
-            for job in self._jobs
-        ]
+        ids, paths, positions = (
+            np.stack(parts) for parts in zip(*(job.next_input() for job in self._jobs), strict=True)
+        )
         self._cache.reserve(0, 0, 0, int(self._cache.tails.lengths[: len(self._jobs)].max()) + 1)
         self._cache.decode(paths, self._model.device)
         last = [part for job in self._jobs if not job.new_ids for part in job.pictures(len(job.ids) - 1, len(job.ids))]
-        logits = self._forward(ids, np.stack(places, axis=1)[..., None], last, keep=1)[:, 0]
+        logits = self._forward(ids[:, None], positions.T[..., None], last, keep=1)[:, 0]
         rules = [job.request.sampling for job in self._jobs]
         uniforms = [job.uniforms[len(job.new_ids)] for job in self._jobs]
         new, logprobs = sample(logits, rules, uniforms, self._banned)
@@ -314,7 +239,7 @@ class LocalEngine:
         self._cache.reserve(len(trunks), max(len(job.trunk) for job in trunks), 0, 0)
         new = [job for job in trunks if not self._cache.use_trunk(job.trunk)]
         while new:
-            wave, new = _next_wave([(j, self._cache.shared_trunk(j.trunk), len(j.trunk)) for j in new])
+            wave, new = next_wave([(j, self._cache.shared_trunk(j.trunk), len(j.trunk)) for j in new])
             first = self._cache.trunks.busy
             for job, shared, _ in wave:
                 self._cache.add_trunk(job.trunk, shared)
@@ -322,7 +247,7 @@ class LocalEngine:
         self._cache.reserve(0, 0, len(jobs), max(len(job.ids) - len(job.trunk) for job in jobs))
         while jobs:
             last = [(j, self._cache.shared_tail(j.path[:-1], j.trunk), len(j.ids) - 1) for j in jobs]
-            wave, jobs = _next_wave(last)
+            wave, jobs = next_wave(last)
             first = self._cache.tails.busy
             for job, shared, _ in wave:
                 self._cache.add_tail(job.path, job.trunk, shared)
@@ -331,9 +256,9 @@ class LocalEngine:
         self.counters.prefilled_tokens += len(self._jobs) - old
         self.counters.reused_tokens += given - (self.counters.prefilled_tokens - computed)
 
-    def _admissible(self) -> list[_Job]:
+    def _admissible(self) -> list[Job]:
         """Those of the waiting who can be in flight beside the others until they end. One alone always can."""
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         trunks = {job.trunk.tobytes() for job in self._jobs}
         longest = max((len(job.trunk) for job in self._jobs), default=0)
         own = max((job.own_tokens for job in self._jobs), default=0)
@@ -349,11 +274,11 @@ class LocalEngine:
             jobs.append(self._waiting.popleft())
         return jobs
 
-    def _prefill(self, wave: Sequence[_Span], first: int, extend: Callable[..., None]) -> None:
+    def _prefill(self, wave: Sequence[Span], first: int, extend: Callable[..., None]) -> None:
         """Compute the spans of a wave, which lie in rows from `first` on, shortest first."""
         counts = np.array([end - start for _, start, end in wave])
         self.counters.prefilled_tokens += int(counts.sum())
-        for begin, stop in _batches(counts):
+        for begin, stop in batches(counts):
             if not counts[stop - 1]:
                 continue
             part, width = wave[begin:stop], int(counts[stop - 1])
@@ -384,47 +309,8 @@ class LocalEngine:
         )
 
 
-def _image_key(image: Image) -> int:
-    """A number below 0, which no id is, that stands for the bytes of the image."""
-    return -1 - int.from_bytes(hashlib.blake2b(image.data, digest_size=7).digest(), "big")
-
-
 def _token_bytes(model: PreTrainedModel) -> int:
     """What the keys and values of one token take."""
     text = model.config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return int(2 * text.num_hidden_layers * text.num_key_value_heads * width * model.dtype.itemsize)
-
-
-def _next_wave(spans: Sequence[_Span]) -> tuple[list[_Span], list[_Job]]:
-    """Which of these spans to compute now, shortest first (equal lengths need no padding), and whose come later.
-
-    One that shares more with a span beside it than with what is cached comes a forward later, and copies.
-    """
-    wave: list[_Span] = []
-    later: list[_Job] = []
-    for job, shared, end in spans:
-        beside = max((min(_common(job.path, other.path), end) for other, _, _ in wave), default=0)
-        if beside >= min(shared + _WORTH_WAITING, end) > shared:
-            later.append(job)
-        else:
-            wave.append((job, shared, end))
-    return sorted(wave, key=lambda span: span[2] - span[1]), later
-
-
-def _common(one: Keys, other: Keys) -> int:
-    """The number of first tokens that two paths share."""
-    width = min(len(one), len(other))
-    different = np.flatnonzero(one[:width] != other[:width])
-    return int(different[0]) if len(different) else width
-
-
-def _batches(counts: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Cut rising counts into runs whose padding, and whose size, stay small."""
-    begin = 0
-    for end in range(1, len(counts) + 1):
-        if end == len(counts) or (
-            counts[end] > 2 * counts[begin] + 16 or (end + 1 - begin) * counts[end] > _PREFILL_TOKENS
-        ):
-            yield begin, end
-            begin = end
