@@ -23,7 +23,7 @@ from axpo.fork import Allocation, Candidate, allocate
 from axpo.miniature.scene import draw_scene
 from axpo.miniature.tools import zoom_call
 from axpo.miniature.world import sample_scene
-from axpo.packing import pack_logprobs, pack_trees
+from axpo.packing import Pack, PackInputs, pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
 from axpo.questions import Question, Trajectory, Turn
 from axpo.rewards.verify import Verdict
@@ -301,10 +301,31 @@ def test_truncated_sampling_recomputes_the_old_logprobs(make_trainer: Maker) -> 
     trainer, *_ = make_trainer("rollout.top_k=2", "method.kl=0")
     trees, _ = asyncio.run(trainer.step(0))
     (pack, *_) = pack_trees(trees, trainer.agent.chat, 100_000)
-    old, reference = trainer.fixed_logprobs(pack)
-    assert reference is None
+    old = trainer.old_logprobs(pack, moved=True)
+    assert old is not None
     assert not torch.allclose(old, pack.old_logprobs.float(), atol=1e-3)
     torch.testing.assert_close(old, trainer.logprobs(pack).detach())
+    # Where no weight has moved, the loss takes the policy's own: the same loss from one forward less.
+    assert trainer.old_logprobs(pack, moved=False) is None
+    loss, _ = trainer.loss(pack, None, 1, 1)
+    assert loss.item() == trainer.loss(pack, old, 1, 1)[0].item()
+
+
+def test_the_reference_is_computed_from_the_same_inputs(make_trainer: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, *_ = make_trainer()
+    trees, _ = asyncio.run(trainer.step(0))
+    made: list[Pack] = []
+    of = PackInputs.of
+
+    def counting(pack: Pack, *rest: Any) -> PackInputs:
+        made.append(pack)
+        return of(pack, *rest)
+
+    monkeypatch.setattr(PackInputs, "of", counting)
+    (pack, *_) = pack_trees(trees, trainer.agent.chat, 100_000)
+    _, divergence = trainer.loss(pack, pack.old_logprobs, 1, 1)
+    assert divergence == 0.0  # the reference is the policy itself: the same numbers to the last bit
+    assert len(made) == 1
 
 
 def test_grpo_never_forks(make_trainer: Maker) -> None:

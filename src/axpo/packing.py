@@ -5,7 +5,7 @@ all prompts begin with (the system's words, the tools) is laid out once a pack, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -161,15 +161,35 @@ def _join(items: Sequence[_Flat]) -> Pack:
     )
 
 
+@dataclass(frozen=True)
+class PackInputs:
+    """A pack on a device, with what is computed once for all forwards over it: the policy's and its reference's."""
+
+    pack: Pack
+    mask: TreeMask
+    images: tuple[Tensor, Tensor] | None  # patches and grids
+
+    @staticmethod
+    def of(pack: Pack, chat: Chat, device: torch.device) -> "PackInputs":
+        """Moves what a forward needs, and prepares the images."""
+        moved = {
+            name: getattr(pack, name).to(device) for name in ("ids", "positions", "until", "keep", "sources", "targets")
+        }
+        images = chat.pixels(pack.images) if pack.images else None
+        return PackInputs(replace(pack, **moved), TreeMask(moved["until"]), images)
+
+
 def pack_logprobs(model: PreTrainedModel, pack: Pack, chat: Chat, banned: Tensor, temperature: float = 1.0) -> Tensor:
     """The log-prob (n,) of each trained token under the policy, in the order of `pack.targets`.
 
     Each image is encoded once. Gradients flow where they are enabled.
     """
-    device = model.device
-    images = chat.pixels(pack.images) if pack.images else None
-    mask = TreeMask(pack.until.to(device))
-    ids, positions = pack.ids[None].to(device), pack.positions[:, None].to(device)
-    hidden = forward_hidden(model, ids, positions, mask, images, pack.keep.to(device))[0]
-    rows = hidden.index_select(0, pack.sources.to(device))
-    return target_logprobs(rows, output_head(model).weight, pack.targets.to(device), banned, temperature)
+    return forward_logprobs(model, PackInputs.of(pack, chat, model.device), banned, temperature)
+
+
+def forward_logprobs(model: PreTrainedModel, inputs: PackInputs, banned: Tensor, temperature: float = 1.0) -> Tensor:
+    """`pack_logprobs` of a pack that is on the model's device already."""
+    pack = inputs.pack
+    hidden = forward_hidden(model, pack.ids[None], pack.positions[:, None], inputs.mask, inputs.images, pack.keep)[0]
+    rows = hidden.index_select(0, pack.sources)
+    return target_logprobs(rows, output_head(model).weight, pack.targets, banned, temperature)

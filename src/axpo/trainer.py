@@ -18,7 +18,7 @@ from axpo.fork import Allocation, open_prefix, prefix_budget
 from axpo.loss import kl_k3, token_weights
 from axpo.methods import method
 from axpo.optimizer import Optimizer
-from axpo.packing import Pack, pack_logprobs, pack_trees
+from axpo.packing import Pack, PackInputs, forward_logprobs, pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
 from axpo.questions import Question
 from axpo.tree import RolloutTree
@@ -107,15 +107,16 @@ class Trainer:
         size = -(-len(trees) // self.config.train.minibatches)
         parts = [trees[start : start + size] for start in range(0, len(trees), max(1, size))]
         packs = [pack_trees(part, self.agent.chat, self.config.train.pack_tokens) for part in parts]
-        fixed = [[self.fixed_logprobs(pack) for pack in part] for part in packs]  # before any weight moves
+        # Of the first minibatch they are found with its own forward; the others' before any weight moves.
+        known = [[self.old_logprobs(pack, moved=index > 0) for pack in part] for index, part in enumerate(packs)]
         losses, norms, divergences = [], [], []
-        for questions, part, known in zip(parts, packs, fixed, strict=True):
+        for questions, part, fixed in zip(parts, packs, known, strict=True):
             if not part:
                 continue
             rollouts = len(questions) * self.config.rollout.rollouts
             total = sum(len(pack.targets) for pack in part)
-            for pack, (old, reference) in zip(part, known, strict=True):
-                loss, divergence = self.loss(pack, old, reference, rollouts, total)
+            for pack, old in zip(part, fixed, strict=True):
+                loss, divergence = self.loss(pack, old, rollouts, total)
                 loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.item())
                 divergences.append((divergence, len(pack.targets)))
@@ -129,31 +130,33 @@ class Trainer:
             "packed_tokens": sum(len(pack.ids) for part in packs for pack in part),
         }
 
-    def fixed_logprobs(self, pack: Pack) -> tuple[Tensor, Tensor | None]:
-        """The log-probs (n,) that stay fixed in this step: of the sampling policy, and of the reference.
+    def old_logprobs(self, pack: Pack, moved: bool) -> Tensor | None:
+        """The log-probs (n,) of the policy that sampled: its own, or computed anew where those are not exact.
 
-        Truncated sampling (top-p, top-k) renormalises its log-probs, so then those of the policy are computed anew.
+        Truncated sampling (top-p, top-k) renormalises its log-probs. None where the policy has not `moved` before the
+        pack is trained, so that the forward of the loss gives them.
         """
-        rollout = self.config.rollout
+        if self.config.rollout.top_p == 1 and self.config.rollout.top_k == 0:
+            return pack.old_logprobs
+        if not moved:
+            return None
         with torch.no_grad():
-            exact = rollout.top_p == 1 and rollout.top_k == 0
-            old = pack.old_logprobs.to(self.model.device) if exact else self.logprobs(pack)
-            reference = None
-            if self.reference is not None:
-                reference = pack_logprobs(self.reference, pack, self.agent.chat, self.banned, rollout.temperature)
-        return old, reference
+            return self.logprobs(pack)
 
     def logprobs(self, pack: Pack) -> Tensor:
         """The policy's log-probs (n,) now."""
         return pack_logprobs(self.model, pack, self.agent.chat, self.banned, self.config.rollout.temperature)
 
-    def loss(
-        self, pack: Pack, old: Tensor, reference: Tensor | None, rollouts: int, total_tokens: int
-    ) -> tuple[Tensor, float]:
+    def loss(self, pack: Pack, old: Tensor | None, rollouts: int, total_tokens: int) -> tuple[Tensor, float]:
         """The pack's share of the loss, and its mean KL to the reference (0 without one)."""
-        options = self.config.method
-        logprobs = self.logprobs(pack)
-        old, advantages = old.to(logprobs), pack.advantages.to(logprobs)
+        options, temperature = self.config.method, self.config.rollout.temperature
+        inputs = PackInputs.of(pack, self.agent.chat, self.model.device)
+        reference = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = forward_logprobs(self.reference, inputs, self.banned, temperature)
+        logprobs = forward_logprobs(self.model, inputs, self.banned, temperature)
+        old, advantages = (logprobs.detach() if old is None else old.to(logprobs)), pack.advantages.to(logprobs)
         weights = token_weights(pack.stream_tokens.to(logprobs), rollouts, total_tokens, options.aggregation)
         loss = self.method.loss(
             logprobs,
