@@ -365,19 +365,24 @@ def test_a_cancelled_request_frees_its_place(tiny_model: Any, chat: Chat, prompt
     assert bounded(scene()).ids == expected[0].ids
 
 
-def test_an_error_of_the_model_reaches_everybody(engine: LocalEngine, tiny_model: Any, prompt: Prompt) -> None:
+@pytest.mark.parametrize("failing", [0, 1, 6])  # while a trunk is computed, while a tail is, while decoding
+def test_an_error_of_the_model_reaches_everybody(
+    engine: LocalEngine, tiny_model: Any, prompt: Prompt, failing: int
+) -> None:
     expected = answers(engine, [request(prompt)])
     engine.update_weights()
     steps = iter(range(100))
 
     def fail(*_: Any) -> None:
-        if next(steps) == 6:
+        if next(steps) == failing:
             raise RuntimeError("out of memory")
 
     hook = tiny_model.lm_head.register_forward_hook(fail)
 
     async def scene() -> list[Any]:
-        many = [engine.generate(request(prompt, seed=n, index=n)) for n in range(12)]  # eight in flight, four waiting
+        # Eight in flight, four waiting; all share a trunk, and two of them the tail.
+        tails = [[], [5, 6, 7], [5, 6, 7, 8], *[[n] for n in range(9)]]
+        many = [engine.generate(request(longer(prompt, tail), seed=n, index=n)) for n, tail in enumerate(tails)]
         return await asyncio.gather(*many, return_exceptions=True)
 
     assert [str(error) for error in bounded(scene())] == ["out of memory"] * 12

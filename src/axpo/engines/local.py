@@ -234,6 +234,14 @@ class LocalEngine:
         jobs = self._admissible()
         if not jobs:
             return
+        try:
+            self._place(jobs)
+        except BaseException:
+            self._waiting.extendleft(job for job in jobs if job not in self._jobs)  # nobody is left without an answer
+            raise
+
+    def _place(self, jobs: list[Job]) -> None:
+        """Compute what the cache lacks of these paths, but for the last token of each."""
         old, given, computed = len(self._jobs), sum(len(job.ids) for job in jobs), self.counters.prefilled_tokens
         trunks = list({job.trunk.tobytes(): job for job in jobs}.values())
         self._cache.reserve(len(trunks), max(len(job.trunk) for job in trunks), 0, 0)
