@@ -249,8 +249,11 @@ class _Decode:
         seen = [np.arange(self.trunk_span) < under[:, None], np.arange(self.span) <= columns[:, None]]
         bias = np.where(np.concatenate(seen, axis=1), np.float32(0), np.float32("-inf"))
         self.bias = torch.from_numpy(bias[:, None, None]).to(device)  # (b, 1, 1, keys)
-        self.rows, self.columns, self.places = (
-            torch.from_numpy(array).to(device) for array in (rows, columns, base * self.size + turn)
+        places = base * self.size + turn
+        inverse = np.zeros(trunks.busy * self.size, dtype=np.int64)  # what fills a trunk up to M is never read
+        inverse[places] = rows
+        self.rows, self.columns, self.places, self.members = (
+            torch.from_numpy(array).to(device) for array in (rows, columns, places, inverse)
         )
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -275,16 +278,14 @@ class _Decode:
     def _together(self, x: Tensor) -> Tensor:
         """(b, G, R, ·) to (n, G, M·R, ·): the rows of each trunk side by side."""
         _, groups, repeats, last = x.shape
-        gathered = x.new_zeros((self.trunks.busy * self.size, groups, repeats, last))
-        gathered[self.places] = x
-        gathered = gathered.view(-1, self.size, groups, repeats, last).transpose(1, 2)
-        return gathered.reshape(-1, groups, self.size * repeats, last)
+        gathered = x.index_select(0, self.members).view(-1, self.size, groups, repeats, last)
+        return gathered.transpose(1, 2).reshape(-1, groups, self.size * repeats, last)
 
     def _apart(self, x: Tensor) -> Tensor:
         """The way back."""
         _, groups, _, last = x.shape
         rows = x.view(len(x), groups, self.size, -1, last).transpose(1, 2)
-        return rows.reshape(len(x) * self.size, groups, -1, last)[self.places]
+        return rows.reshape(len(x) * self.size, groups, -1, last).index_select(0, self.places)
 
 
 def _longest(shared: Keys) -> tuple[int, int]:
