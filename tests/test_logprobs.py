@@ -72,3 +72,14 @@ def test_only_some_rows_of_logits_are_ever_held(monkeypatch: pytest.MonkeyPatch)
     hidden, weight, targets, _ = make(9)
     target_logprobs(hidden, weight, targets, BANNED, 1.0).sum().backward()
     assert sizes == [4, 4, 1, 4, 4, 1]  # forward, and again for the backward pass
+
+
+def test_autocast_reaches_the_logits_and_their_gradients() -> None:
+    hidden, weight, targets, _ = make(6, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = target_logprobs(hidden, weight, targets, BANNED, 1.0)
+    expected = target_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, BANNED, 1.0)
+    assert torch.equal(rounded, expected)
+    one, other = (torch.autograd.grad(x.sum(), [hidden, weight]) for x in (rounded, expected))
+    assert all(g.dtype == torch.float32 for g in one)
+    assert all(map(torch.equal, one, other))

@@ -13,7 +13,7 @@ from axpo.chat import Chat
 from axpo.credit import credit_axpo
 from axpo.loss import policy_loss, token_weights
 from axpo.packing import pack_logprobs, pack_trees
-from axpo.policy import banned_tokens
+from axpo.policy import banned_tokens, update_forward
 from axpo.tree import Credit, Kind, Outcome, RolloutTree, Segment, StopReason
 
 
@@ -116,6 +116,30 @@ def test_packed_tree_equals_rows_in_loss_and_gradients(chat: Chat, make_model: C
             torch.testing.assert_close(packed[name], parameter.grad, atol=1e-9, rtol=0)
             compared += int(parameter.grad.abs().sum() > 0)
     assert compared > 40  # vision tower and language model both took part
+
+
+def test_checkpointing_and_autocast_of_a_packed_tree(chat: Chat, make_model: Callable) -> None:
+    tree = forked_tree(chat, 0)
+    credit_axpo(tree)
+    (pack,) = pack_trees([tree], chat, 10_000)
+
+    def run(dtype: torch.dtype, **how: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model = make_model().to(dtype)
+        with update_forward(model, **how):
+            logprobs = pack_logprobs(model, pack, chat, banned_tokens(chat, model))
+        (logprobs * pack.advantages).sum().backward()
+        return logprobs.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    logprobs, exact = run(torch.float64)
+    again, checkpointed = run(torch.float64, checkpointing=True)
+    torch.testing.assert_close(again, logprobs, atol=1e-9, rtol=0)
+    for name, gradient in exact.items():
+        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-9, rtol=0)
+    near, rounded = run(torch.float32, autocast=True, checkpointing=True)
+    assert near.dtype == torch.float32
+    assert 1e-4 < (near - logprobs).abs().max() < 0.3
+    whole, part = (torch.cat([g[name].double().flatten() for name in exact]) for g in (exact, rounded))
+    assert (part - whole).norm() < 0.1 * whole.norm()
 
 
 def test_what_nobody_learns_from_is_not_computed(chat: Chat) -> None:

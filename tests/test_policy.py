@@ -24,6 +24,7 @@ from axpo.policy import (
     image_features,
     load_policy,
     policy_logprobs,
+    update_forward,
     use_tree_attention,
     vocabulary_size,
 )
@@ -105,6 +106,57 @@ def test_logits_that_are_more_than_the_heads_are_refused_for_training() -> None:
     positions = torch.arange(4).expand(3, 1, 4)
     with pytest.raises(PolicyError, match="output head"):
         forward_hidden(model, torch.tensor([[4, 8, 15, 16]]), positions, causal(4), None, torch.tensor([3]))
+
+
+def gradients(model: Any, seen: dict[str, torch.Tensor], **how: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    mask = causal(seen["ids"].shape[1])
+    with update_forward(model, **how):
+        logits = forward_logits(model, seen["ids"], seen["positions"], mask, (seen["pixels"], seen["grids"]))
+    logits.double().square().mean().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return logits.detach(), found
+
+
+def test_checkpointing_computes_the_layers_again_for_equal_gradients(
+    tiny_model: Any, seen: dict[str, torch.Tensor]
+) -> None:
+    model = tiny_model.double()
+    layers = [*model.model.language_model.layers, *model.model.visual.blocks]
+    calls: list[object] = []
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda module, _: calls.append(module))
+    logits, plain = gradients(model, seen)
+    assert len(calls) == len(layers)
+    again, checkpointed = gradients(model, seen, checkpointing=True)
+    assert len(calls) == 3 * len(layers)
+    torch.testing.assert_close(again, logits, atol=1e-9, rtol=0)
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-9, rtol=0)
+    gradients(model, seen)
+    assert len(calls) == 4 * len(layers)  # outside nothing is left of it
+    assert not model.training
+
+
+def test_checkpointing_needs_layers(tiny_model: Any) -> None:
+    with pytest.raises(PolicyError, match="gradient checkpointing"), update_forward(tiny_model.lm_head, True):
+        pass
+
+
+def test_autocast_computes_in_bfloat16_over_float32_weights(tiny_model: Any, seen: dict[str, torch.Tensor]) -> None:
+    kinds: list[torch.dtype] = []
+    tiny_model.model.language_model.layers[1].mlp.down_proj.register_forward_hook(lambda *a: kinds.append(a[2].dtype))
+    exact, plain = gradients(tiny_model, seen)
+    logits, rounded = gradients(tiny_model, seen, autocast=True)
+    assert kinds == [torch.float32, torch.bfloat16]
+    assert 1e-4 < (logits - exact).norm() / exact.norm() < 0.03
+    for name, gradient in plain.items():
+        assert rounded[name].dtype == torch.float32
+        if gradient.norm() > 1e-6:
+            assert (rounded[name] - gradient).norm() < 0.2 * gradient.norm(), name
+    gradients(tiny_model, seen)
+    assert kinds[-1] == torch.float32
 
 
 def test_gradients_reach_the_vision_encoder(tiny_model: Any, seen: dict[str, torch.Tensor]) -> None:

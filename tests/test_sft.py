@@ -62,6 +62,26 @@ def test_training_raises_the_likelihood(chat: Chat, make_model: Callable) -> Non
     assert likelihood() > before + 1
 
 
+def test_checkpointing_and_autocast_act_here_too(chat: Chat, make_model: Callable) -> None:
+    tree = trajectory_tree(TRAJECTORY, chat, [])
+    trees = [imitate(tree, tree.leaves())]
+
+    def weights(*overrides: str) -> tuple[list[torch.Tensor], int]:
+        model, calls = make_model(), []
+        model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        config = load_config(None, ["sft.steps=1", "sft.batch=1", "sft.warmup_steps=0", *overrides])
+        list(sft_steps(config, model, chat, trees))
+        return [p.detach() for p in model.parameters()], len(calls)
+
+    plain, once = weights()
+    checkpointed, twice = weights("train.gradient_checkpointing=true")
+    rounded, _ = weights("train.autocast=true")
+    assert (once, twice) == (1, 2)
+    for one, other in zip(plain, checkpointed, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    assert any(not torch.equal(one, other) for one, other in zip(plain, rounded, strict=True))
+
+
 def test_nothing_to_learn_from_is_an_error(chat: Chat, make_model: Callable) -> None:
     with pytest.raises(DataError, match="no trajectory"):
         next(sft_steps(load_config(None, []), make_model(), chat, []))

@@ -105,6 +105,13 @@ def policy_logprobs_of(trees: Sequence[RolloutTree]) -> list[float]:
     ]
 
 
+def praise(trees: Sequence[RolloutTree]) -> None:
+    """Give all that is credited the same advantage, so that there is something to learn."""
+    for segment in (segment for tree in trees for segment in tree.segments()):
+        if segment.credit is not None:
+            segment.credit = replace(segment.credit, advantage=1.0)
+
+
 def test_sampling_logprobs_equal_a_fresh_forward_over_the_packed_tree(make_trainer: Maker) -> None:
     trainer, model, chat = make_trainer()
 
@@ -297,18 +304,64 @@ def test_every_epoch_asks_every_question_once(make_trainer: Maker) -> None:
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
-def test_truncated_sampling_recomputes_the_old_logprobs(make_trainer: Maker) -> None:
-    trainer, *_ = make_trainer("rollout.top_k=2", "method.kl=0")
+@pytest.mark.parametrize("override", ["rollout.top_k=2", "train.autocast=true", "train.old_logprobs=recompute"])
+def test_old_logprobs_that_are_not_exact_are_recomputed(make_trainer: Maker, override: str) -> None:
+    trainer, *_ = make_trainer(override, "method.kl=0", "method.name=grpo")
     trees, _ = asyncio.run(trainer.step(0))
     (pack, *_) = pack_trees(trees, trainer.agent.chat, 100_000)
     old = trainer.old_logprobs(pack, moved=True)
     assert old is not None
-    assert not torch.allclose(old, pack.old_logprobs.float(), atol=1e-3)
-    torch.testing.assert_close(old, trainer.logprobs(pack).detach())
+    assert torch.equal(old, trainer.logprobs(pack))
+    exact = override == "train.old_logprobs=recompute"
+    assert torch.allclose(old, pack.old_logprobs.float(), atol=1e-5, rtol=0) is exact
     # Where no weight has moved, the loss takes the policy's own: the same loss from one forward less.
     assert trainer.old_logprobs(pack, moved=False) is None
     loss, _ = trainer.loss(pack, None, 1, 1)
     assert loss.item() == trainer.loss(pack, old, 1, 1)[0].item()
+
+
+def test_old_logprobs_of_sampling_are_taken_where_they_are_exact(make_trainer: Maker) -> None:
+    for override in ("train.old_logprobs=auto", "train.old_logprobs=sampling"):
+        trainer, *_ = make_trainer(override, "method.name=grpo")
+        trees, _ = asyncio.run(trainer.step(0))
+        (pack, *_) = pack_trees(trees, trainer.agent.chat, 100_000)
+        assert trainer.old_logprobs(pack, moved=True) is pack.old_logprobs
+
+
+def test_minibatches_compare_with_the_policy_from_before_the_first(
+    make_trainer: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, *_ = make_trainer("train.minibatches=2", "train.old_logprobs=recompute", "train.warmup_steps=0")
+    trees, _ = asyncio.run(trainer.step(0))
+    praise(trees)
+    expected = [trainer.logprobs(p) for tree in trees for p in pack_trees([tree], trainer.agent.chat, 100_000)]
+    given: list[torch.Tensor | None] = []
+    loss = trainer.loss
+
+    def seen(pack: Pack, old: torch.Tensor | None, *rest: int) -> tuple[torch.Tensor, float]:
+        given.append(old)
+        return loss(pack, old, *rest)
+
+    monkeypatch.setattr(trainer, "loss", seen)
+    trainer.update(trees)
+    assert given[0] is None
+    assert given[1] is not None
+    assert torch.equal(given[1], expected[1])
+
+
+def test_a_step_with_checkpointing_is_the_same_step(make_trainer: Maker) -> None:
+    def weights(*overrides: str) -> list[torch.Tensor]:
+        trainer, model, _ = make_trainer("train.warmup_steps=0", "method.name=grpo", *overrides)
+        trees, _ = asyncio.run(trainer.step(0))
+        praise(trees)
+        trainer.update(trees)
+        return [p.detach() for p in model.parameters()]
+
+    plain = weights()
+    for one, other in zip(plain, weights("train.gradient_checkpointing=true"), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    rounded = weights("train.autocast=true")
+    assert any(not torch.equal(one, other) for one, other in zip(plain, rounded, strict=True))
 
 
 def test_the_reference_is_computed_from_the_same_inputs(make_trainer: Maker, monkeypatch: pytest.MonkeyPatch) -> None:

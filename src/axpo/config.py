@@ -154,6 +154,14 @@ class TrainConfig(_Section):
     """Optimizer steps a training step; its questions are divided among them. Default: 1, on-policy."""
     pack_tokens: Integer = Field(default=16384, ge=1)
     """Tokens of one packed forward; a larger tree is packed alone. Default: 16384."""
+    gradient_checkpointing: bool = False
+    """Keep only what goes into each layer and compute it again for the gradient: less memory, a third more time.
+    Default: false."""
+    autocast: bool = False
+    """Compute the updates' forward and backward in bfloat16 over float32 weights. Default: false."""
+    old_logprobs: Literal["auto", "sampling", "recompute"] = "auto"
+    """Log-probs that the probability ratio compares with: those of sampling, or recomputed before the update. Those of
+    sampling are exact where top_p is 1, top_k is 0 and autocast is off. Default: auto, of sampling where exact."""
     save_every: Integer = Field(default=50, ge=0)
     """Training steps between checkpoints; 0 saves only at the end. Default: 50."""
 
@@ -227,6 +235,11 @@ class Config(_Section):
 
     model_config = ConfigDict(validate_default=True)
 
+    @property
+    def sampling_is_exact(self) -> bool:
+        """Whether the log-probs of sampling are those of the whole distribution, at the update's precision."""
+        return self.rollout.top_p == 1 and self.rollout.top_k == 0 and not self.train.autocast
+
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
         problems = [*_group_problems(self), *_other_problems(self)]
@@ -279,6 +292,15 @@ def _other_problems(config: Config) -> list[str]:
         problems.append(
             "tools.corpus: got nothing, but tools.names has 'search', "
             "which needs a .jsonl or .parquet file of documents, or 'miniature'"
+        )
+    if config.train.old_logprobs == "sampling" and not config.sampling_is_exact:
+        problems.append(
+            "train.old_logprobs: got 'sampling', but sampling's log-probs are exact only with rollout.top_p=1, "
+            "rollout.top_k=0 and train.autocast=false; must be 'auto' or 'recompute'"
+        )
+    if config.train.autocast and config.dtype != "float32":
+        problems.append(
+            f"train.autocast: got true, but with dtype = {config.dtype} all is computed in it; must be false"
         )
     for folder in (config.output, *config.output.parents):
         if folder.is_file():

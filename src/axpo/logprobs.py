@@ -20,8 +20,11 @@ def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, banned: Ten
     """The log-prob (n,) of each target under the policy's distribution (`policy_logprobs`).
 
     `hidden` (n, H) are the states before the output head, `weight` (V, H) is the head's, `targets` (n,) are token ids.
-    Differentiable once, in `hidden` and `weight`.
+    Differentiable once, in `hidden` and `weight`. Under autocast the logits are in its dtype.
     """
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):  # which does not reach into the backward pass below
+        hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
     result: Tensor = _TargetLogprobs.apply(hidden, weight, targets, banned, temperature)  # type: ignore[no-untyped-call]
     return result
 

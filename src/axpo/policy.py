@@ -4,8 +4,10 @@ The engine and the trainer both come through here, so that what was sampled is w
 forward, and the same log-probs of the same distribution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from axpo import attention
 from axpo.attention import TreeMask
@@ -164,6 +168,29 @@ def forward_hidden(
     if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
         raise PolicyError(f"{type(model).__name__} makes more of its output head's logits than packed training knows")
     return caught[0]
+
+
+@contextmanager
+def update_forward(model: PreTrainedModel, checkpointing: bool = False, autocast: bool = False) -> Iterator[None]:
+    """How a forward inside is computed, whose backward pass comes after.
+
+    With `checkpointing` a layer keeps what goes into it only, and is computed again for the backward pass. With
+    `autocast` matrix products and attention are in bfloat16; weights, their gradients and log-probs stay as they are.
+    Raises PolicyError for a model that does not say which its layers are.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if checkpointing else []
+    if checkpointing and not layers:
+        raise PolicyError(f"{type(model).__name__} does not support gradient checkpointing")
+    # The library's own switch acts in training mode only, which would also let dropout act.
+    for layer in layers:
+        again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        setattr(layer, "forward", again)  # noqa: B010
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+            yield
+    finally:
+        for layer in layers:
+            delattr(layer, "forward")
 
 
 def policy_logprobs(logits: Tensor, banned: Tensor, temperature: float | Tensor = 1.0) -> Tensor:

@@ -9,7 +9,7 @@ from axpo.chat import Chat
 from axpo.config import Config
 from axpo.optimizer import Optimizer
 from axpo.packing import pack_logprobs, pack_trees
-from axpo.policy import banned_tokens
+from axpo.policy import banned_tokens, update_forward
 from axpo.questions import DataError, Trajectory
 from axpo.tree import Credit, Kind, RolloutTree, Segment
 
@@ -72,7 +72,8 @@ def sft_steps(
         tokens = sum(len(pack.targets) for pack in packs)
         total = 0.0
         for pack in packs:
-            loss = -pack_logprobs(model, pack, chat, banned).sum() / tokens
+            with update_forward(model, config.train.gradient_checkpointing, config.train.autocast):
+                loss = -pack_logprobs(model, pack, chat, banned).sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         yield {"step": step + 1, "loss": total, "grad_norm": optimizer.step(), "trained_tokens": tokens}

@@ -19,7 +19,7 @@ from axpo.loss import kl_k3, token_weights
 from axpo.methods import method
 from axpo.optimizer import Optimizer
 from axpo.packing import Pack, PackInputs, forward_logprobs, pack_logprobs, pack_trees
-from axpo.policy import banned_tokens
+from axpo.policy import banned_tokens, update_forward
 from axpo.questions import Question
 from axpo.tree import RolloutTree
 
@@ -131,31 +131,31 @@ class Trainer:
         }
 
     def old_logprobs(self, pack: Pack, moved: bool) -> Tensor | None:
-        """The log-probs (n,) of the policy that sampled: its own, or computed anew where those are not exact.
+        """The log-probs (n,) of the policy that sampled: its own, or computed anew (`train.old_logprobs`).
 
-        Truncated sampling (top-p, top-k) renormalises its log-probs. None where the policy has not `moved` before the
-        pack is trained, so that the forward of the loss gives them.
+        None where the policy has not `moved` before the pack is trained, so that the forward of the loss gives them.
         """
-        if self.config.rollout.top_p == 1 and self.config.rollout.top_k == 0:
+        choice = self.config.train.old_logprobs
+        if choice == "sampling" or (choice == "auto" and self.config.sampling_is_exact):
             return pack.old_logprobs
-        if not moved:
-            return None
-        with torch.no_grad():
-            return self.logprobs(pack)
+        return self.logprobs(pack) if moved else None
 
+    @torch.no_grad()
     def logprobs(self, pack: Pack) -> Tensor:
         """The policy's log-probs (n,) now."""
-        return pack_logprobs(self.model, pack, self.agent.chat, self.banned, self.config.rollout.temperature)
+        with update_forward(self.model, autocast=self.config.train.autocast):
+            return pack_logprobs(self.model, pack, self.agent.chat, self.banned, self.config.rollout.temperature)
 
     def loss(self, pack: Pack, old: Tensor | None, rollouts: int, total_tokens: int) -> tuple[Tensor, float]:
         """The pack's share of the loss, and its mean KL to the reference (0 without one)."""
-        options, temperature = self.config.method, self.config.rollout.temperature
+        options, train, temperature = self.config.method, self.config.train, self.config.rollout.temperature
         inputs = PackInputs.of(pack, self.agent.chat, self.model.device)
         reference = None
         if self.reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), update_forward(self.reference, autocast=train.autocast):
                 reference = forward_logprobs(self.reference, inputs, self.banned, temperature)
-        logprobs = forward_logprobs(self.model, inputs, self.banned, temperature)
+        with update_forward(self.model, train.gradient_checkpointing, train.autocast):
+            logprobs = forward_logprobs(self.model, inputs, self.banned, temperature)
         old, advantages = (logprobs.detach() if old is None else old.to(logprobs)), pack.advantages.to(logprobs)
         weights = token_weights(pack.stream_tokens.to(logprobs), rollouts, total_tokens, options.aggregation)
         loss = self.method.loss(
