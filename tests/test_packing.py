@@ -6,6 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image as PilImage
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -208,6 +210,23 @@ def test_a_prompt_of_another_kind_does_not_keep_the_others_from_sharing(chat: Ch
         policy(tree, tree.root, np.random.default_rng(len(trees)), 2).credit = Credit(1.0, 2)
         trees.append(tree)
     assert [len(pack.ids) for pack in pack_trees(trees, chat, token_limit=12)] == [10, 5]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=5), min_size=1, max_size=8),
+    limit=st.integers(1, 40),
+)
+def test_every_tree_is_packed_once_and_within_the_limit(chat: Chat, prompts: list[list[int]], limit: int) -> None:
+    trees = []
+    for number, prompt in enumerate(prompts):
+        tree = RolloutTree("q", prompt)
+        policy(tree, tree.root, np.random.default_rng(number), 3).credit = Credit(1.0, 3)
+        trees.append(tree)
+    packs = pack_trees(trees, chat, limit)
+    assert sum(len(pack.targets) for pack in packs) == 3 * len(trees)
+    for pack in packs:
+        assert len(pack.ids) <= limit or len(pack.targets) == 3
 
 
 def test_the_last_token_of_a_prompt_is_never_shared(chat: Chat) -> None:

@@ -62,26 +62,44 @@ def pack_trees(trees: Sequence[RolloutTree], chat: Chat, token_limit: int) -> li
     tree larger than the limit makes a pack of its own.
     """
     flat = [_flatten(tree, chat) for tree in trees if any(s.credit for s in tree.segments())]
-    packs: list[list[_Flat]] = []
+    bins: list[_Bin] = []
     for item in sorted(flat, key=lambda f: -len(f.ids)):
-        fitting = [pack for pack in packs if _size([*pack, item]) <= token_limit]
+        sizes = [(part.size, part.size_with(item)) for part in bins]
+        fitting = [(new - old, rank) for rank, (old, new) in enumerate(sizes) if new <= token_limit]
         if fitting:
-            min(fitting, key=lambda pack: _size([*pack, item]) - _size(pack)).append(item)
+            bins[min(fitting)[1]].add(item)
         else:
-            packs.append([item])
-    return [_join(pack) for pack in packs]
+            bins.append(_Bin([item], item.shareable, len(item.ids)))
+    return [_join(part) for part in bins]
 
 
-def _shared(items: Sequence[_Flat]) -> int:
-    """How many first tokens all prompts of a pack have in common."""
-    width = min(flat.shareable for flat in items)
-    same = np.all([flat.ids[:width] == items[0].ids[:width] for flat in items], axis=0)
-    return width if np.all(same) else int(np.argmin(same))
+@dataclass
+class _Bin:
+    """Trees that make one pack; what they have in common is kept up to date, so that a trial costs one comparison."""
 
+    items: list[_Flat]
+    shared: int  # so many first tokens are the same in all
+    tokens: int  # of all items, what is shared counted in each
 
-def _size(items: Sequence[_Flat]) -> int:
-    shared = _shared(items)
-    return shared + sum(len(flat.ids) - shared for flat in items)
+    @property
+    def size(self) -> int:
+        """Tokens of the pack."""
+        return self.tokens - (len(self.items) - 1) * self.shared
+
+    def shared_with(self, item: _Flat) -> int:
+        """How many first tokens would be shared with the item in it."""
+        width = min(self.shared, item.shareable)
+        same = self.items[0].ids[:width] == item.ids[:width]
+        return width if same.all() else int(same.argmin())
+
+    def size_with(self, item: _Flat) -> int:
+        """Tokens of the pack with the item in it."""
+        return self.tokens + len(item.ids) - len(self.items) * self.shared_with(item)
+
+    def add(self, item: _Flat) -> None:
+        self.shared = self.shared_with(item)
+        self.tokens += len(item.ids)
+        self.items.append(item)
 
 
 def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
@@ -130,8 +148,8 @@ def _needed(segment: Segment) -> bool:
     return segment.credit is not None or any(_needed(child) for child in segment.children)
 
 
-def _join(items: Sequence[_Flat]) -> Pack:
-    shared = _shared(items)
+def _join(part: _Bin) -> Pack:
+    items, shared = part.items, part.shared
     own = [len(flat.ids) - shared for flat in items]
     offsets = np.cumsum([0, *own])[:-1]
 
