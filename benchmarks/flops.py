@@ -39,6 +39,8 @@ def vision_flops(model: PreTrainedModel, patches: Sequence[int]) -> float:
     config = model.config.vision_config
     named = [(n, p.numel()) for n, p in model.named_parameters() if "visual" in n and p.ndim >= 2]
     merging = sum(size for name, size in named if "merger" in name) / config.spatial_merge_size**2
-    layers = sum(size for name, size in named if "merger" not in name and "pos_embed" not in name)
+    embedding = sum(size for name, size in named if "patch_embed" in name)
+    layers = sum(size for name, size in named if "blocks" in name)
     scores = 2 * config.depth * config.hidden_size
-    return 6.0 * sum((layers + merging) * count + scores * count**2 for count in patches)
+    pixels = 4 * embedding  # nothing flows back into them
+    return sum((pixels + 6.0 * (layers + merging)) * count + 6.0 * scores * count**2 for count in patches)

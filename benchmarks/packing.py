@@ -7,15 +7,15 @@ continuations learn, its failed end does not (AXPO's credit).
 
 **Rows** are the best that a trainer without trees can do with it. The source needs no row, since one continuation's
 row trains the prefix too: N - 1 + K rows. All are equally long here, so nothing is padding. They run under plain causal
-SDPA (`is_causal`, no mask, which lets the kernel skip half of the scores), with logits at the trained tokens only, as
-many rows at once as is fastest; a row of more than 2,048 tokens fills the cores alone, so those go one by one. Before
-anything is timed, both must find the same log-prob in sum.
+SDPA (`is_causal`, no mask, which lets the kernel skip half of the scores), with the same log-prob code at the trained
+tokens only, as many rows at once as is fastest; of more than 2,048 tokens, where one row fills the cores, one by one.
+Both must find the same log-prob in sum.
 
-**The bound** is the rows' time times unique tokens / row tokens: no token costs less than it costs in a row, and each
-is computed once. It is exact where time goes with tokens, as in a large model. Attention does not: of a prompt's tokens
-a row's own token sees all, but they see each other only half, so dropping repeated prompts drops cheap tokens.
-This model is so narrow that attention costs most of a long row: there `flop_bound`, the same with counted operations in
-place of tokens, is the one that could be reached, and lies higher.
+**The bound** is the rows' time times unique tokens / row tokens: every token costs what one in a row costs, but once.
+It is exact where time goes with tokens, as in a large model. Attention does not go with them: a rollout's token sees the
+whole prompt, a prompt's on average half of it, so the tokens that packing drops are cheaper than those that stay. This
+model is so narrow that attention costs most of a long row. There the bound that can be reached is `flop_bound`, the same
+with counted operations in place of tokens, which lies higher.
 
 **Growth** holds the prompt and the fork, and takes more rollouts: every token then attends to as much as before, and
 the time should be a line over the unique tokens. `exponent` is the slope of log seconds over log tokens.
@@ -25,84 +25,25 @@ Memory is the peak above what the process held before, in a process for each; of
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from flops import attended, causal, text_flops
+from forked import CONTINUATIONS, ROLLOUTS, Rows, make_tree, trained_paths
 from timing import alone, alternate, machine, options, peak_memory, ratio, shown, spread, table, write
-from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText
 
 from axpo.chat import Chat
-from axpo.credit import credit_axpo
 from axpo.miniature.base import BASE
 from axpo.packing import pack_logprobs, pack_trees
-from axpo.policy import banned_tokens, load_policy, policy_logprobs
-from axpo.tree import Kind, Outcome, RolloutTree, Segment, StopReason
+from axpo.policy import banned_tokens, load_policy
+from axpo.tree import RolloutTree
 
-ROLLOUTS, CONTINUATIONS, LENGTH = 8, 4, 96
+LENGTH = 96  # tokens of a rollout
 CASES = ((128, 0.5), (512, 0.1), (512, 0.5), (512, 0.9), (2048, 0.5), (8192, 0.5))  # prompt, where the fork lies
 GROWTH = (512, (4, 8, 16, 32))  # prompt, rollouts
 LONG = 2048  # tokens of a row that go one by one
-
-
-def make_tree(prompt: int, depth: float, rollouts: int = ROLLOUTS) -> RolloutTree:
-    """Random tokens of the ordinary vocabulary; the first rollout is forked `depth` of its way."""
-    rng = np.random.default_rng(prompt)
-
-    def add(parent: Segment, count: int, reward: float, resampled: bool = False) -> Segment:
-        ids = rng.integers(20, 500, count).tolist()
-        segment = tree.append(parent, Kind.POLICY, ids, [-1.0] * count, resampled=resampled)
-        segment.outcome = Outcome(StopReason.ANSWER, reward)
-        return segment
-
-    tree = RolloutTree("q", rng.integers(20, 500, prompt).tolist())
-    source, *_ = [add(tree.root, LENGTH, float(i % 2)) for i in range(rollouts)]
-    at = int(depth * LENGTH)
-    prefix = tree.fork(source, at)
-    for i in range(CONTINUATIONS):
-        add(prefix, LENGTH - at, float(i % 2), resampled=True)
-    credit_axpo(tree)
-    return tree
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The same work without a tree: rows of ids (R, W), and of each row the places that predict what it trains."""
-
-    ids: Tensor
-    sources: list[Tensor]
-
-    @staticmethod
-    def of(tree: RolloutTree) -> "Rows":
-        paths, sources, trained = [], [], set()
-        for path in (leaf.path() for leaf in tree.leaves() if leaf.credit):
-            places, start = [], 0
-            for segment in path:
-                if segment.credit and segment not in trained:
-                    trained.add(segment)
-                    places.append(torch.arange(start - 1, start + len(segment) - 1))
-                start += len(segment)
-            paths.append(np.concatenate([s.ids for s in path]))
-            sources.append(torch.cat(places))
-        return Rows(torch.from_numpy(np.stack(paths)), sources)
-
-    def step(self, model: PreTrainedModel, banned: Tensor, batch: int) -> float:
-        """Forward and backward, `batch` rows at once; the sum of the log-probs."""
-        total = 0.0
-        for first in range(0, len(self.ids), batch):
-            ids, sources = self.ids[first : first + batch], self.sources[first : first + batch]
-            rows = torch.cat([torch.full_like(s, row) for row, s in enumerate(sources)])
-            columns = torch.cat(sources)
-            positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
-            hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-            logprobs = policy_logprobs(model.lm_head(hidden[rows, columns]), banned)
-            loss = -logprobs.gather(1, ids[rows, columns + 1][:, None]).sum()
-            loss.backward()
-            total -= loss.item()
-        model.zero_grad()
-        return total
 
 
 class Contenders:
@@ -130,12 +71,15 @@ class Contenders:
 
     def rows(self, tree: RolloutTree, batch: int) -> Callable[[], float]:
         """Forward and backward of so many rows at once; the sum of the log-probs."""
-        rows = Rows.of(tree)
-        return lambda: rows.step(self.rows_model, self.banned, batch)
+        rows = self.rows_of(tree)
+        return partial(rows.step, self.rows_model, self.banned, batch, self.chat.pixels)
+
+    def rows_of(self, tree: RolloutTree) -> Rows:
+        return Rows.of([tree], self.chat.image_token_id, self.chat.merge_size)
 
     def fastest_batch(self, tree: RolloutTree, width: int) -> int:
         """How many rows at once take the least time."""
-        count = len(Rows.of(tree).ids)
+        count = len(self.rows_of(tree).ids)
         if width > LONG + LENGTH:
             return 1
         sizes = sorted({1, -(-count // 3), count})
@@ -145,18 +89,18 @@ class Contenders:
 
 def one_case(sides: Contenders, prompt: int, depth: float, runs: int, memory: Sequence[str]) -> dict[str, object]:
     """Everything about one tree."""
-    tree = make_tree(prompt, depth)
-    paths = [leaf.path() for leaf in tree.leaves() if leaf.credit]
+    tree = make_tree(prompt, LENGTH, depth)
+    paths = trained_paths(tree)
     lengths = [sum(map(len, path)) for path in paths]
     needed = {segment for path in paths for segment in path}
     unique, row_tokens = sum(map(len, needed)), sum(lengths)
     trained = sum(len(s) for s in needed if s.credit)
     batch = sides.fastest_batch(tree, max(lengths))
     steps = {"packed": sides.packed(tree), "rows": sides.rows(tree, batch)}
-    found = {name: step() for name, step in steps.items()}
+    found: dict[str, float] = {}
+    seconds = alternate({name: partial(lambda n: found.update({n: steps[n]()}), name) for name in steps}, runs)
     if not np.isclose(found["packed"], found["rows"], rtol=1e-4):
         raise RuntimeError(f"packed and rows do not compute the same: {found}")
-    seconds = alternate(steps, runs)
     over = ratio(seconds["packed"], seconds["rows"])
     bound = unique / row_tokens
     work = {
@@ -197,7 +141,7 @@ def measured_memory(prompt: int, depth: float, batch: int, arguments: Sequence[s
 
 def growth(sides: Contenders, prompt: int, rollouts: Sequence[int], runs: int) -> dict[str, object]:
     """The seconds of packed trees of more and more rollouts, and how straight a line they make."""
-    trees = {count: make_tree(prompt, 0.5, count) for count in rollouts}
+    trees = {count: make_tree(prompt, LENGTH, 0.5, count) for count in rollouts}
     tokens = {n: sum(len(p.ids) for p in pack_trees([t], sides.chat, 100_000)) for n, t in trees.items()}
     seconds = alternate({str(n): sides.packed(tree) for n, tree in trees.items()}, runs)
     points = [
@@ -224,8 +168,8 @@ def memory_of(name: str, prompt: int, depth: float, batch: int) -> float:
     def step(tree: RolloutTree) -> Callable[[], float]:
         return sides.packed(tree) if name == "packed" else sides.rows(tree, batch)
 
-    step(make_tree(16, 0.5))()
-    return peak_memory(step(make_tree(prompt, depth)))
+    step(make_tree(16, 4, 0.5))()
+    return peak_memory(step(make_tree(prompt, LENGTH, depth)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -34,8 +34,8 @@ class Side:
         if not axpo:
             callers = int(shape.callers * (1 + extra))
             shape = replace(shape, rollouts=int(shape.rollouts * (1 + extra)), callers=callers)
-        self.trainer = trainer({"method": {"name": "axpo" if axpo else "grpo"}}, shape)
-        if axpo:  # set here because a config refuses a budget that can resample nothing
+        self.trainer = trainer({"method": {"name": "axpo" if axpo else "grpo", "budget": 1.0}}, shape)
+        if axpo:  # set afterwards, because a config refuses a budget that can resample nothing
             config = self.trainer.config
             method = config.method.model_copy(update={"budget": extra})
             self.trainer.config = config.model_copy(update={"method": method})
@@ -72,10 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--questions", type=int, nargs="*", default=QUESTIONS)
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="0 comes first in any case")
+    parser.add_argument("--rollouts", type=int, default=Shape.rollouts, help="of each group (N)")
+    parser.add_argument("--tokens", type=int, default=Shape.tokens, help="tokens of a first turn")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     ratios = sorted({0.0, *chosen.ratios})
-    shape, cases = Shape(), []
+    callers = chosen.rollouts * Shape.callers // Shape.rollouts
+    shape, cases = Shape(rollouts=chosen.rollouts, callers=callers, tokens=chosen.tokens), []
     for questions in chosen.questions:
         for name, figures in compare(replace(shape, questions=questions), ratios, chosen.runs).items():
             cases.append({"questions": questions, "contender": name, **figures})

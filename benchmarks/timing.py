@@ -46,7 +46,11 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def shown(values: Mapping[str, float]) -> str:
     """A spread for a table."""
-    return "{median:.3g} ({min:.3g}-{max:.3g})".format(**values)
+    return f"{_figure(values['median'])} ({_figure(values['min'])}-{_figure(values['max'])})"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
@@ -100,7 +104,7 @@ def write(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> None:
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as a Markdown table; numbers with three figures."""
-    shown = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    """Rows as a Markdown table; numbers with three figures or more."""
+    shown = [[_figure(v) if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     lines = [list(rows[0]), ["---"] * len(rows[0]), *shown]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
