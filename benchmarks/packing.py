@@ -12,10 +12,10 @@ tokens only, as many rows at once as is fastest; of more than 2,048 tokens, wher
 Both must find the same log-prob in sum.
 
 **The bound** is the rows' time times unique tokens / row tokens: every token costs what one in a row costs, but once.
-It is exact where time goes with tokens, as in a large model. Attention does not go with them: a rollout's token sees the
-whole prompt, a prompt's on average half of it, so the tokens that packing drops are cheaper than those that stay. This
-model is so narrow that attention costs most of a long row. There the bound that can be reached is `flop_bound`, the same
-with counted operations in place of tokens, which lies higher.
+It is exact where time goes with tokens, as in a large model. Attention does not: a rollout's token sees the whole
+prompt, a prompt's token half of it on average, so what packing drops is cheaper than what stays. This model is so
+narrow that attention costs most of a long row. There the bound that can be reached is `flop_bound`, the same with
+counted operations in place of tokens, which lies higher.
 
 **Growth** holds the prompt and the fork, and takes more rollouts: every token then attends to as much as before, and
 the time should be a line over the unique tokens. `exponent` is the slope of log seconds over log tokens.
