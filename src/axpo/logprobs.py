@@ -39,8 +39,8 @@ class _TargetLogprobs(torch.autograd.Function):
         chosen = []
         for start in range(0, len(hidden), ROWS):
             rows = slice(start, start + ROWS)
-            logprobs = policy_logprobs(linear(hidden[rows], weight), banned, temperature)
-            chosen.append(logprobs.gather(1, targets[rows, None])[:, 0])
+            given = targets[rows, None]  # nothing but what is gathered outlives its chunk
+            chosen.append(policy_logprobs(linear(hidden[rows], weight), banned, temperature).gather(1, given)[:, 0])
         return torch.cat(chosen)
 
     @staticmethod
@@ -61,4 +61,5 @@ class _TargetLogprobs(torch.autograd.Function):
             torch.mm(change, weight, out=moved[rows])
             if turned is not None:
                 turned += change.T @ states
+            del change  # before the next chunk is made
         return moved, None if turned is None else turned.to(weight.dtype), None, None, None

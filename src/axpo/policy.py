@@ -199,5 +199,5 @@ def policy_logprobs(logits: Tensor, banned: Tensor, temperature: float | Tensor 
     The logits are divided by `temperature` (a number, or (n, 1)), which must be above 0; banned ids have -inf.
     In float32, or wider where the logits are. Sampling and training both use this function.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits / temperature).index_fill_(-1, banned, float("-inf")).log_softmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return logits.index_fill_(-1, banned, float("-inf")).log_softmax(-1)
