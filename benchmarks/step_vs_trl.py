@@ -2,80 +2,124 @@
 
     make bench-trl        (an environment of its own with TRL, then: python benchmarks/step_vs_trl.py)
 
-The three take turns inside one process. Peak memory is taken in a process for each. TRL's reference log-probs,
-which it computes while it rolls out, are counted as update on both sides.
+The same weights (the miniature's base), prompts with an image and two tool schemas, group size, texts, sampling, KL to
+a reference, dtype and threads. Nothing is checkpointed, and TRL takes its whole batch at once. The three take turns in
+one process, TRL inside its own training loop. TRL's reference log-probs, which it computes while it rolls out, count as
+update, as ours do. AXPO has more to do than the others: it resamples two failed calls four times each. Memory is what
+two steps add to what lies loaded, in a process for each side.
 """
 
 import argparse
 import asyncio
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from timing import spread
+import torchvision_shim  # noqa: F401  (first: transformers looks for torchvision)
+from timing import alone, machine, options, peak_memory, ratio, shown, spread, table, write
 from workload import Shape, trainer
 
-OURS = ("grpo", "axpo")
+SIDES = ("grpo", "axpo", "trl")
 
 
 class Ours:
-    """Our trainer. `step` takes the seconds of one step and of its parts."""
+    """Our trainer. `parts` are the seconds of each step so far."""
 
     def __init__(self, method: str, shape: Shape) -> None:
         self.trainer = trainer({"method": {"name": method}}, shape)
         self.parts: list[dict[str, float]] = []
+        self.tokens: dict[str, float] = {}
 
     def step(self) -> None:
         started = time.perf_counter()
-        _, figures = asyncio.run(self.trainer.step(len(self.parts)))
+        trees, figures = asyncio.run(self.trainer.step(len(self.parts)))
         whole = time.perf_counter() - started
-        self.figures = figures
         self.parts.append({"step": whole, "rollout": figures["rollout_seconds"], "update": figures["update_seconds"]})
+        prompts = [len(tree.root) for tree in trees]
+        rows = sum(len(segment) for tree in trees for leaf in tree.leaves() for segment in leaf.path())
+        self.tokens = {"prompt": sum(prompts) / len(prompts), "rows": rows, "packed": figures["packed_tokens"]}
 
 
-def measure(runs: int, shape: Shape, names: Sequence[str]) -> dict[str, list[dict[str, float]]]:
-    """The seconds of each side's steps, in turn, without each side's first."""
-    ours = {name: Ours(name, shape) for name in OURS if name in names}
+def seconds(runs: int, shape: Shape) -> tuple[dict[str, list[dict[str, float]]], dict[str, dict[str, float]]]:
+    """The seconds of each side's steps, in turn, without its first; and the tokens of ours."""
+    from trl_side import Theirs
 
-    def others() -> None:
-        for side in ours.values():
-            side.step()
+    ours = {name: Ours(name, shape) for name in SIDES if name != "trl"}
+    theirs = Theirs(shape)
+    theirs.run(runs + 1, between=lambda: [side.step() for side in ours.values()])
+    parts = {name: side.parts[1:] for name, side in ours.items()} | {"trl": theirs.parts[1:]}
+    return parts, {name: side.tokens for name, side in ours.items()}
 
-    if "trl" in names:
+
+def memory(name: str, shape: Shape) -> float:
+    """MB that the first two steps of a side add to what lies loaded."""
+    if name == "trl":
         from trl_side import Theirs
 
         theirs = Theirs(shape)
-        theirs.run(runs + 1, others)
-        return {name: side.parts[1:] for name, side in (ours | {"trl": theirs}).items()}
-    for _ in range(runs + 1):
-        others()
-    return {name: side.parts[1:] for name, side in ours.items()}
+        return peak_memory(lambda: theirs.run(2, between=lambda: None))
+    side = Ours(name, shape)
+    return peak_memory(lambda: [side.step() for _ in range(2)])
 
 
-def memory(name: str, arguments: Sequence[str]) -> dict[str, float]:
-    """Peak resident memory of two steps in a process of its own, in MB, and what it was before the first."""
-    command = [sys.executable, __file__, "--memory-of", name, *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+def result(parts: dict[str, list[dict[str, float]]], peaks: dict[str, list[float]]) -> dict[str, Any]:
+    """The ratios round by round, and what they are made of."""
+
+    def over(one: str, other: str, part: str) -> dict[str, float]:
+        return ratio([p[part] for p in parts[one]], [p[part] for p in parts[other]])
+
+    ratios = {
+        "axpo_over_trl": over("axpo", "trl", "step"),
+        "grpo_over_trl": over("grpo", "trl", "step"),
+        "update_over_trl": over("grpo", "trl", "update"),
+        "axpo_over_grpo": over("axpo", "grpo", "step"),
+        "peak_memory_over_trl": ratio(peaks["axpo"], peaks["trl"]),
+    }
+    return {
+        **{name: spread_of["median"] for name, spread_of in ratios.items()},
+        "spread": ratios,
+        "seconds": {
+            name: {part: spread([p[part] for p in steps]) for part in steps[0]} for name, steps in parts.items()
+        },
+        "peak_memory_mb": {name: spread(values) for name, values in peaks.items()},
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--callers", type=int, default=Shape.callers, help="rollouts of a group that call a tool")
-    parser.add_argument("--only", choices=(*OURS, "trl"), nargs="*", default=(*OURS, "trl"))
-    parser.add_argument("--memory-of", choices=(*OURS, "trl"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    shape = Shape(callers=options.callers)
-    seconds = measure(options.runs, shape, options.only)
-    for name, parts in seconds.items():
-        print(name, {part: spread([p[part] for p in parts]) for part in parts[0]})
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = options(__doc__, runs=7)
+    for name, default in vars(Shape()).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    shape = Shape(**{name: getattr(chosen, name) for name in vars(Shape())})
+    if chosen.memory_of:
+        print(memory(chosen.memory_of, shape))
+        return
+    sizes = [f"--{name}={value}" for name, value in {**vars(shape), "threads": chosen.threads}.items()]
+    peaks: dict[str, list[float]] = {name: [] for name in SIDES}
+    for _ in range(min(chosen.runs, 5)):
+        for name in SIDES:
+            peaks[name].append(alone(str(Path(__file__)), *sizes, "--memory-of", name))
+    parts, tokens = seconds(chosen.runs, shape)
+    found = result(parts, peaks)
+    packages = ("trl", "peft", "accelerate", "datasets")
+    write("step_vs_trl", {**found, "shape": vars(shape), "tokens": tokens, "machine": machine(*packages)}, chosen.out)
+    print(
+        table(
+            [
+                {
+                    "side": name,
+                    **{f"{part} s": shown(found["seconds"][name][part]) for part in ("step", "rollout", "update")},
+                    "peak MB": shown(found["peak_memory_mb"][name]),
+                }
+                for name in SIDES
+            ]
+        )
+    )
+    print(table([{"ratio": name, "median (min-max)": shown(values)} for name, values in found["spread"].items()]))
 
 
 if __name__ == "__main__":
