@@ -1,6 +1,6 @@
 """What AXPO's resampling costs: its step at r = 0, 0.25, 0.5 and 1 against GRPO steps of N·(1 + r) rollouts.
 
-    python benchmarks/resampling_cost.py          (about 10 minutes on two cores)
+    python benchmarks/resampling_cost.py          (about 20 minutes on two cores)
 
 All are our trainer, with the same model, engine, packing and scripted texts (workload.py): of the N rollouts of a
 group, 3/8 call a tool in vain and the others answer at once. So every group may be forked, and AXPO spends its whole
@@ -10,7 +10,9 @@ AXPO forks only when its groups have ended, so its continuations decode apart fr
 rollouts decode beside the others; what it saves is that no prompt, prefix or image is computed again. r = 0 is what
 looking for candidates costs, and how well the machine repeats itself: it forks nothing.
 
-The contenders take turns in one process. A step of few questions is mostly fixed cost, hence two sizes.
+The contenders take turns in one process. Two things weigh most in what AXPO adds: a decode step costs about as much for
+few rollouts as for many, and a continuation samples a call whatever was thought before it. Hence a step of few
+questions and short turns, and one of more and longer.
 """
 
 import asyncio
@@ -18,13 +20,14 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from timing import machine, options, ratio, shown, spread, table, write
 from workload import Shape, trainer
 
 RATIOS = (0.0, 0.25, 0.5, 1.0)
-QUESTIONS = (4, 16)
+SIZES = ((Shape(), RATIOS), (Shape(questions=16, tokens=256), RATIOS[:2]))
 
 
 class Side:
@@ -70,27 +73,28 @@ def compare(shape: Shape, ratios: Sequence[float], runs: int) -> dict[str, dict[
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
-    parser.add_argument("--questions", type=int, nargs="*", default=QUESTIONS)
-    parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="0 comes first in any case")
-    parser.add_argument("--rollouts", type=int, default=Shape.rollouts, help="of each group (N)")
-    parser.add_argument("--tokens", type=int, default=Shape.tokens, help="tokens of a first turn")
+    for name in ("questions", "rollouts", "callers", "tokens", "prompt"):
+        parser.add_argument(f"--{name}", type=int, help=f"of one size, instead of both; default {getattr(Shape, name)}")
+    parser.add_argument(
+        "--ratios", type=float, nargs="*", default=RATIOS, help="of that size; 0 comes first in any case"
+    )
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
-    ratios = sorted({0.0, *chosen.ratios})
-    callers = chosen.rollouts * Shape.callers // Shape.rollouts
-    shape, cases = Shape(rollouts=chosen.rollouts, callers=callers, tokens=chosen.tokens), []
-    for questions in chosen.questions:
-        for name, figures in compare(replace(shape, questions=questions), ratios, chosen.runs).items():
-            cases.append({"questions": questions, "contender": name, **figures})
+    given = {name: value for name, value in vars(chosen).items() if name in vars(Shape()) and value is not None}
+    sizes = [(Shape(**given), sorted({0.0, *chosen.ratios}))] if given else SIZES
+    cases: list[dict[str, Any]] = []
+    for shape, ratios in sizes:
+        for name, figures in compare(shape, ratios, chosen.runs).items():
+            cases.append({"shape": vars(shape), "contender": name, **figures})
             print(json.dumps(cases[-1]), flush=True)
-    sizes = {"rollouts": shape.rollouts, "callers": shape.callers, "prompt": shape.prompt, "tokens": shape.tokens}
-    write("resampling_cost", {"machine": machine(), "sizes": sizes | {"runs": chosen.runs}, "cases": cases}, chosen.out)
-    columns = ("questions", "contender", "rollouts", "forked", "sampled_tokens", "trained_tokens", "packed_tokens")
+    write("resampling_cost", {"machine": machine(), "sizes": {"runs": chosen.runs}, "cases": cases}, chosen.out)
+    columns = ("contender", "rollouts", "forked", "sampled_tokens", "trained_tokens", "packed_tokens")
     parts = ("step", "rollout", "update")
     print(
         table(
             [
-                {key: case[key] for key in columns}
+                {key: case["shape"][key] for key in ("questions", "tokens")}
+                | {key: case[key] for key in columns}
                 | {f"{part} s": shown(case[f"{part}_seconds"]) for part in parts}
                 | {"step / GRPO of N": shown(case["step_over_grpo"])}
                 for case in cases

@@ -2,11 +2,12 @@
 
     make bench-trl        (an environment of its own with TRL, then: python benchmarks/step_vs_trl.py)
 
-The same weights (the miniature's base), prompts with an image and two tool schemas, group size, texts, sampling, KL to
-a reference, dtype and threads. Nothing is checkpointed, and TRL takes its whole batch at once. The three take turns in
-one process, TRL inside its own training loop. TRL's reference log-probs, which it computes while it rolls out, count as
-update, as ours do. AXPO has more to do than the others: it resamples two failed calls four times each. Memory is what
-two steps add to what lies loaded, in a process for each side.
+The same weights (the miniature's base), prompts with an image and two tool schemas, group size, texts, sampling, KL
+to a reference, dtype and threads. Nothing is checkpointed, and TRL trains its whole batch at once, with which it is
+fastest (`--trl-rows 8` takes less memory). The three take turns in one process, TRL inside its own training loop.
+TRL's reference log-probs, which it computes while it rolls out, count as update, as ours do. AXPO has more to do than
+the others: it resamples two failed calls four times each. Memory is what two steps add to what lies loaded, in a
+process for each side.
 """
 
 import argparse
@@ -42,23 +43,25 @@ class Ours:
         self.tokens = {"prompt": sum(prompts) / len(prompts), "rows": rows, "packed": figures["packed_tokens"]}
 
 
-def seconds(runs: int, shape: Shape) -> tuple[dict[str, list[dict[str, float]]], dict[str, dict[str, float]]]:
+def seconds(
+    runs: int, shape: Shape, trl_rows: int
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, dict[str, float]]]:
     """The seconds of each side's steps, in turn, without its first; and the tokens of ours."""
     from trl_side import Theirs
 
     ours = {name: Ours(name, shape) for name in SIDES if name != "trl"}
-    theirs = Theirs(shape)
+    theirs = Theirs(shape, trl_rows)
     theirs.run(runs + 1, between=lambda: [side.step() for side in ours.values()])
     parts = {name: side.parts[1:] for name, side in ours.items()} | {"trl": theirs.parts[1:]}
     return parts, {name: side.tokens for name, side in ours.items()}
 
 
-def memory(name: str, shape: Shape) -> float:
+def memory(name: str, shape: Shape, trl_rows: int) -> float:
     """MB that the first two steps of a side add to what lies loaded."""
     if name == "trl":
         from trl_side import Theirs
 
-        theirs = Theirs(shape)
+        theirs = Theirs(shape, trl_rows)
         return peak_memory(lambda: theirs.run(2, between=lambda: None))
     side = Ours(name, shape)
     return peak_memory(lambda: [side.step() for _ in range(2)])
@@ -91,22 +94,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = options(__doc__, runs=7)
     for name, default in vars(Shape()).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--trl-rows", type=int, help="rows that TRL trains at once, by default all")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     shape = Shape(**{name: getattr(chosen, name) for name in vars(Shape())})
+    trl_rows = chosen.trl_rows or shape.questions * shape.rollouts
     if chosen.memory_of:
-        print(memory(chosen.memory_of, shape))
+        print(memory(chosen.memory_of, shape, trl_rows))
         return
-    sizes = [f"--{name}={value}" for name, value in {**vars(shape), "threads": chosen.threads}.items()]
+    sizes = [f"--{k}={v}" for k, v in {**vars(shape), "threads": chosen.threads, "trl-rows": trl_rows}.items()]
     peaks: dict[str, list[float]] = {name: [] for name in SIDES}
     for _ in range(min(chosen.runs, 5)):
         for name in SIDES:
             peaks[name].append(alone(str(Path(__file__)), *sizes, "--memory-of", name))
-    parts, tokens = seconds(chosen.runs, shape)
+    parts, tokens = seconds(chosen.runs, shape, trl_rows)
     found = result(parts, peaks)
     packages = ("trl", "peft", "accelerate", "datasets")
-    write("step_vs_trl", {**found, "shape": vars(shape), "tokens": tokens, "machine": machine(*packages)}, chosen.out)
+    work = {"shape": vars(shape), "trl_rows": trl_rows, "tokens": tokens}
+    write("step_vs_trl", {**found, **work, "machine": machine(*packages)}, chosen.out)
     print(
         table(
             [

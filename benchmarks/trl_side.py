@@ -80,9 +80,9 @@ def reward(completions: list[Any], **_: Any) -> list[float]:
 
 
 class Theirs:
-    """TRL's training loop; `between` is called after each step, outside of what is timed."""
+    """TRL's training loop, which trains so many rows at once and adds up their gradients."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, rows_at_once: int) -> None:
         chat = Chat.from_pretrained(BASE)
         chat.tokenizer.response_template = qwen3_template
         processor = Qwen3VLProcessor(
@@ -97,7 +97,8 @@ class Theirs:
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,  # ours does not use it here either
-            per_device_train_batch_size=shape.questions * shape.rollouts,
+            per_device_train_batch_size=rows_at_once,
+            gradient_accumulation_steps=shape.questions * shape.rollouts // rows_at_once,
             num_generations=shape.rollouts,
             max_completion_length=4 * shape.tokens,
             temperature=1.0,
@@ -129,7 +130,7 @@ class Theirs:
         self.trainer.script = Script(chat, shape)
 
     def run(self, count: int, between: Callable[[], object]) -> None:
-        """Make `count` steps."""
+        """Make `count` steps; `between` is called after each, outside of what is timed."""
         self.trainer.add_callback(_Clock(self, count, between))
         self.trainer.train()
 

@@ -98,7 +98,7 @@ def test_rows_and_counted_operations() -> None:
 def test_resampling_cost(tmp_path: Path) -> None:
     import resampling_cost
 
-    small = ["--rollouts", "4", "--tokens", "24", "--ratios", "1", "--questions", "1"]
+    small = ["--rollouts", "4", "--callers", "1", "--tokens", "24", "--ratios", "1", "--questions", "1"]
     resampling_cost.main([*ONCE, *small, "--out", str(tmp_path)])
     cases = {case["contender"]: case for case in result(tmp_path, "resampling_cost")["cases"]}
     assert set(cases) == {"axpo r=0", "grpo r=0", "axpo r=1", "grpo r=1"}
