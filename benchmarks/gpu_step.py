@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_step.py         (needs CUDA; ends with status 2 where there is none)
 
-Random weights in bfloat16, every layer computed again for the gradient, without the optimizer. Each question's prompt
+Random weights in bfloat16, every layer computed again for the gradient. No rollouts, no reference, no optimizer, nor its
+memory: what packing changes, and nothing else. Each question's prompt
 holds an image; its rollouts form a tree with one fork. Both sides train the same tokens with the same log-prob code,
 and must agree on their sum. **Packed** encodes each image once and fills packs of `--pack-tokens`; **rows** encode it
 for each row, as a trainer without trees does, under SDPA's causal kernel, as many rows at once as is fastest and fits.

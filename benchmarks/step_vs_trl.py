@@ -34,13 +34,20 @@ class Ours:
         self.tokens: dict[str, float] = {}
 
     def step(self) -> None:
+        self.trainer.agent.chat.forget_images()  # a step of training sees new ones
         started = time.perf_counter()
         trees, figures = asyncio.run(self.trainer.step(len(self.parts)))
         whole = time.perf_counter() - started
         self.parts.append({"step": whole, "rollout": figures["rollout_seconds"], "update": figures["update_seconds"]})
         prompts = [len(tree.root) for tree in trees]
         rows = sum(len(segment) for tree in trees for leaf in tree.leaves() for segment in leaf.path())
-        self.tokens = {"prompt": sum(prompts) / len(prompts), "rows": rows, "packed": figures["packed_tokens"]}
+        self.tokens = {
+            "prompt": sum(prompts) / len(prompts),
+            "rows": rows,
+            "packed": figures["packed_tokens"],
+            "sampled": figures["generated_tokens"],
+            "forked": figures["forked"],
+        }
 
 
 def seconds(
@@ -53,7 +60,10 @@ def seconds(
     theirs = Theirs(shape, trl_rows)
     theirs.run(runs + 1, between=lambda: [side.step() for side in ours.values()])
     parts = {name: side.parts[1:] for name, side in ours.items()} | {"trl": theirs.parts[1:]}
-    return parts, {name: side.tokens for name, side in ours.items()}
+    tokens = {name: side.tokens for name, side in ours.items()} | {"trl": {"sampled": theirs.trainer.sampled}}
+    if tokens["grpo"]["sampled"] != tokens["trl"]["sampled"]:
+        raise RuntimeError(f"unequal work: {tokens}")
+    return parts, tokens
 
 
 def memory(name: str, shape: Shape, trl_rows: int) -> float:
@@ -111,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts, tokens = seconds(chosen.runs, shape, trl_rows)
     found = result(parts, peaks)
     packages = ("trl", "peft", "accelerate", "datasets")
-    work = {"shape": vars(shape), "trl_rows": trl_rows, "tokens": tokens}
+    work = {"shape": vars(shape), "trl_rows": trl_rows, "runs": chosen.runs, "tokens": tokens}
     write("step_vs_trl", {**found, **work, "machine": machine(*packages)}, chosen.out)
     print(
         table(

@@ -43,6 +43,7 @@ class Trainer(GRPOTrainer):
     """Counts the seconds of a step's two parts, and lets the script write."""
 
     script: Script
+    sampled = 0  # tokens of a step
     rollout_seconds = 0.0
     reference_seconds = 0.0
 
@@ -50,6 +51,11 @@ class Trainer(GRPOTrainer):
         started, self.reference_seconds = time.perf_counter(), 0.0
         output = super()._generate_and_score_completions(inputs)
         self.rollout_seconds = time.perf_counter() - started - self.reference_seconds
+        sampled = (output["completion_mask"] * output["tool_mask"]).sum(1).tolist()
+        due = [self.script.sampled(row % self.num_generations) for row in range(len(sampled))]
+        if sampled != due:
+            raise RuntimeError(f"TRL sampled {sampled} tokens where the script has {due}")
+        self.sampled = sum(sampled)
         return output
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:

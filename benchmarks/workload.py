@@ -84,6 +84,10 @@ class Script:
             return self.answering[rollout % 2]
         return self.answered[rollout % 2] if replied else self.calling  # a continuation
 
+    def sampled(self, rollout: int) -> int:
+        """How many tokens rollout i of a group samples."""
+        return sum(len(self.turn(rollout, replied)) for replied in (False, True)[: 1 + (rollout < self._shape.callers)])
+
     def _answer(self, tokens: int, reward: int) -> list[int]:
         end = encode(self._chat, f"\n</think>\n\n{'right' if reward else 'wrong'}<|im_end|>")
         return self._written(tokens - len(end), end)
@@ -115,7 +119,7 @@ def score(text: str, question: Question) -> Verdict:
 
 
 class ScriptedEngine(LocalEngine):
-    """The local engine; what it samples is overridden by the script."""
+    """The local engine; what it samples is overridden by the script (its log-prob is still that of what was sampled)."""
 
     script: Script
 

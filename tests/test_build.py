@@ -13,6 +13,7 @@ from axpo import build
 from axpo.chat import ChatError
 from axpo.config import Config, ConfigError, load_config
 from axpo.engines.base import Sampling
+from axpo.engines import local
 from axpo.engines.local import LocalEngine
 from axpo.policy import PolicyError
 from axpo.questions import DataError
@@ -150,7 +151,7 @@ def test_training_and_evaluation_sample_and_end_as_the_config_says():
     given = config(
         "rollout={temperature: 0.7, top_p: 0.8, top_k: 5, max_tokens: 9, max_turns: 1, max_context: 99, max_images: 2}",
         "eval={temperature: 0, top_p: 0.6, top_k: 3}",
-        "engine={max_batch: 7, overlap: 3}",
+        "engine={max_batch: 7, overlap: 3, kv_memory: 0.5}",
     )
     chat, toolbox = build.load_chat(given), build.load_toolbox(given)
     engine = build.make_engine(given, build.load_model(given), chat)
@@ -163,3 +164,4 @@ def test_training_and_evaluation_sample_and_end_as_the_config_says():
         assert agent.engine is engine
     assert isinstance(engine, LocalEngine)
     assert (engine._max_batch, engine._clock._overlap) == (7, 3)
+    assert engine._cache._limit == 2**29 // local._token_bytes(engine._model)

@@ -180,9 +180,6 @@ def test_the_smallest_budget_works_and_hardly_less_does_not(questions: int, roll
     [
         (["train.minibatches=3"], "train.minibatches: got 3, must divide rollout.questions = 16"),
         (["rollout.max_tokens=64", "rollout.max_context=63"], "rollout.max_tokens: got 64, must be at most"),
-        (["train.old_logprobs=sampling", "rollout.top_k=5"], "train.old_logprobs: got 'sampling', but sampling's"),
-        (["train.old_logprobs=sampling", "rollout.top_p=0.9"], "train.old_logprobs: got 'sampling', but sampling's"),
-        (["train.old_logprobs=sampling", "train.autocast=true"], "train.old_logprobs: got 'sampling', but sampling's"),
         (["train.autocast=true", "dtype=bfloat16"], "train.autocast: got true, but with dtype = bfloat16"),
         (["tools.names=[search]", "model=mine"], "tools.corpus: got nothing, but tools.names has 'search'"),
     ],

@@ -229,6 +229,10 @@ class Chat:
         processed = [self._processed(image.data) for image in images]
         return torch.cat([p for p, _ in processed]), torch.tensor([grid for _, grid in processed])
 
+    def forget_images(self) -> None:
+        """Give back the memory of images that were prepared already."""
+        self._pixels.clear()
+
     def _encode_images(self, image_bytes: Sequence[bytes]) -> list[Image]:
         images = []
         for index, data in enumerate(image_bytes):

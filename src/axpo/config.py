@@ -159,9 +159,9 @@ class TrainConfig(_Section):
     Default: false."""
     autocast: bool = False
     """Compute the updates' forward and backward in bfloat16 over float32 weights. Default: false."""
-    old_logprobs: Literal["auto", "sampling", "recompute"] = "auto"
-    """Log-probs that the probability ratio compares with: those of sampling, or recomputed before the update. Those of
-    sampling are exact where top_p is 1, top_k is 0 and autocast is off. Default: auto, of sampling where exact."""
+    old_logprobs: Literal["auto", "recompute"] = "auto"
+    """Log-probs that the probability ratio compares with: auto takes those of sampling where they are exact (top_p 1,
+    top_k 0, float32, no autocast) and else computes them anew before the update, recompute always. Default: auto."""
     save_every: Integer = Field(default=50, ge=0)
     """Training steps between checkpoints; 0 saves only at the end. Default: 50."""
 
@@ -237,8 +237,9 @@ class Config(_Section):
 
     @property
     def sampling_is_exact(self) -> bool:
-        """Whether the log-probs of sampling are those of the whole distribution, at the update's precision."""
-        return self.rollout.top_p == 1 and self.rollout.top_k == 0 and not self.train.autocast
+        """Whether the log-probs of sampling are those of the whole distribution, and rounded as the update's are."""
+        whole = self.rollout.top_p == 1 and self.rollout.top_k == 0
+        return whole and self.dtype == "float32" and not self.train.autocast
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
@@ -292,11 +293,6 @@ def _other_problems(config: Config) -> list[str]:
         problems.append(
             "tools.corpus: got nothing, but tools.names has 'search', "
             "which needs a .jsonl or .parquet file of documents, or 'miniature'"
-        )
-    if config.train.old_logprobs == "sampling" and not config.sampling_is_exact:
-        problems.append(
-            "train.old_logprobs: got 'sampling', but sampling's log-probs are exact only with rollout.top_p=1, "
-            "rollout.top_k=0 and train.autocast=false; must be 'auto' or 'recompute'"
         )
     if config.train.autocast and config.dtype != "float32":
         problems.append(

@@ -53,6 +53,7 @@ class Trainer:
         groups = self.agent.new_groups(self.batch(number))
         trees = [tree for tree, _ in groups]
         await self.roll_out(groups, number)
+        self.agent.engine.sleep()
         rolled_out = time.perf_counter()
         for tree in trees:
             self.method.credit(tree, self.config.method.deviation)
@@ -99,8 +100,13 @@ class Trainer:
             )
             for index, group in enumerate(groups)
         ]
-        await asyncio.gather(*rollouts)
-        await asyncio.gather(*resampling)
+        try:
+            await asyncio.gather(*rollouts)
+            await asyncio.gather(*resampling)
+        except BaseException:
+            for begun in [*rollouts, *resampling]:
+                begun.cancel()
+            raise
 
     def update(self, trees: Sequence[RolloutTree]) -> Figures:
         """One optimizer step for each minibatch of questions (eq. 5)."""
@@ -135,8 +141,7 @@ class Trainer:
 
         None where the policy has not `moved` before the pack is trained, so that the forward of the loss gives them.
         """
-        choice = self.config.train.old_logprobs
-        if choice == "sampling" or (choice == "auto" and self.config.sampling_is_exact):
+        if self.config.train.old_logprobs == "auto" and self.config.sampling_is_exact:
             return pack.old_logprobs
         return self.logprobs(pack) if moved else None
 

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -191,3 +192,26 @@ def test_the_shape_is_that_of_qwen3_vl_2b() -> None:
     with torch.device("meta"):
         model = gpu_step.make_model("meta", tiny=False)
     assert sum(p.numel() for p in model.parameters()) == 2_127_532_032
+
+
+def test_ratios_of_a_step_are_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL is in an environment of its own; what is made of the figures, and our side of them, is tried here."""
+    monkeypatch.setitem(sys.modules, "torchvision_shim", ModuleType("torchvision_shim"))
+    import step_vs_trl
+    from workload import Shape
+
+    side = step_vs_trl.Ours("grpo", Shape(questions=1, rollouts=4, callers=1, tokens=24, prompt=640))
+    side.step()
+    assert side.tokens["forked"] == 0
+    assert side.tokens["sampled"] == sum(side.trainer.agent.engine.script.sampled(row) for row in range(4))  # type: ignore[attr-defined]
+    steps = {
+        name: [{"step": seconds, "rollout": 1.0, "update": seconds - 1} for seconds in (base, 2 * base, 3 * base)]
+        for name, base in (("grpo", 2.0), ("axpo", 3.0), ("trl", 10.0))
+    }
+    found = step_vs_trl.result(steps, {"axpo": [1.0, 3.0], "trl": [10.0, 10.0]})
+    assert found["axpo_over_trl"] == pytest.approx(0.3)
+    assert found["grpo_over_trl"] == pytest.approx(0.2)
+    assert found["axpo_over_grpo"] == pytest.approx(1.5)
+    assert found["update_over_trl"] == pytest.approx(3 / 19)
+    assert found["peak_memory_over_trl"] == pytest.approx(0.2)
+    assert found["spread"]["peak_memory_over_trl"] == {"median": pytest.approx(0.2), "min": 0.1, "max": 0.3}

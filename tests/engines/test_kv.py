@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from axpo.engines.kv import PathCache
+from axpo.engines.rows import Rows
 
 CPU = torch.device("cpu")
 HEADS, GROUPS, WIDTH = 4, 2, 6
@@ -36,12 +37,12 @@ class Driver:
         keys = np.array(path)
         length = self.cache.trunk_under(keys)
         trunk = keys[:-1] if length is None else keys[:length]
-        self.cache.reserve(1, len(trunk), 0, 0)
         if not self.cache.use_trunk(trunk):
+            self.cache.reserve(trunks=1, trunk_tokens=len(trunk))
             shared = self.cache.shared_trunk(trunk)
             self.cache.add_trunk(trunk, shared)
             self.forward([path[: len(trunk)]], [shared], self.cache.extend_trunks, self.cache.trunks.busy - 1)
-        self.cache.reserve(0, 0, 1, len(path) - len(trunk))
+        self.cache.reserve(tails=1, tail_tokens=len(path) - len(trunk))
         shared = self.cache.shared_tail(keys[:-1], trunk)
         self.cache.add_tail(keys, trunk, shared)
         self.busy.append(path[:-1])
@@ -51,7 +52,7 @@ class Driver:
         """Every path takes a token."""
         for path, token in zip(self.busy, tokens, strict=True):
             path.append(token)
-        self.cache.reserve(0, 0, 0, int(self.cache.tails.lengths[: len(self.busy)].max()) + 1)
+        self.cache.reserve(tail_tokens=int(self.cache.tails.lengths[: len(self.busy)].max()) + 1)
         self.cache.decode(np.array(tokens), CPU)
         self.compare(self.busy, [len(path) - 1 for path in self.busy])
 
@@ -91,6 +92,10 @@ class Driver:
                 torch.testing.assert_close(out[row, : len(asking)].transpose(0, 1), whole, atol=1e-6, rtol=0)
 
 
+def both(cache: PathCache) -> list[tuple[str, Rows]]:
+    return [("trunks", cache.trunks), ("tails", cache.tails)]
+
+
 words = st.lists(st.integers(0, 1), min_size=1, max_size=100)
 prompts = st.sampled_from([[7] * 70, [7] * 60 + [8] * 20, [9] * 3, []])
 actions = st.tuples(prompts, words) | st.integers(0, 9) | st.just("decode")
@@ -107,9 +112,12 @@ def test_attention_is_over_the_whole_path_whatever_came_before(limit: int, done:
             driver.decode([len(path) % 3 for path in driver.busy])
         elif isinstance(action, int) and driver.busy:
             driver.release(action % len(driver.busy))
-        if isinstance(action, tuple):  # idle paths never stand in the way of the limit
-            both = (driver.cache.trunks, driver.cache.tails)
-            assert sum(r.count * r.columns for r in both) <= limit or all(r.count <= r.busy + 1 for r in both)
+        cache = driver.cache
+        most = {f"{name[:-1]}_tokens": int(rows.lengths[: rows.busy].max(initial=0)) for name, rows in both(cache)}
+        counts = {name: rows.busy for name, rows in both(cache)}
+        if isinstance(action, tuple) and cache.fits(**counts, **most):
+            # What is in flight fits: what is idle, or was wide once, does not stand in the way.
+            assert sum(rows.count * rows.columns for _, rows in both(cache)) <= limit
 
 
 def test_what_is_shared_is_computed_once() -> None:
@@ -153,8 +161,8 @@ def test_paths_in_flight_are_never_dropped() -> None:
     for first in (10, 20, 30):
         driver.add([first] * 20)
     driver.decode([1, 2, 3])  # compares with the whole paths
-    assert not driver.cache.fits(1, 20, 1, 20)
-    assert driver.cache.fits(0, 0, 1, 64)
+    assert not driver.cache.fits(trunks=1, trunk_tokens=20, tails=1, tail_tokens=20)
+    assert driver.cache.fits(trunks=0, trunk_tokens=0, tails=1, tail_tokens=64)
 
 
 def test_reset_gives_the_memory_back() -> None:
@@ -169,7 +177,7 @@ def test_half_precision_adds_up_in_float32() -> None:
     """1000 keys that are alike: their shares add up to one, which bfloat16 alone would miss by a percent."""
     cache = PathCache(10**6)
     path = np.array([5] * 1000)
-    cache.reserve(1, 999, 1, 2)
+    cache.reserve(trunks=1, trunk_tokens=999, tails=1, tail_tokens=2)
     cache.add_trunk(path[:-1], 0)
     cache.extend_trunks(0, path[None, :-1], np.array([999]), CPU)
     cache.update(*torch.ones(2, 1, GROUPS, 999, WIDTH, dtype=torch.bfloat16), 0)

@@ -278,6 +278,36 @@ def test_over_the_memory_limit_paths_are_computed_again(tiny_model: Any, chat: C
     assert sum(held) * token_bytes <= limit * 2**30
 
 
+def test_one_long_prompt_does_not_widen_what_comes_after(tiny_model: Any, chat: Chat, prompt: Prompt) -> None:
+    """Room for one prompt of 900 tokens and little else, then many short ones: the limit holds at every moment."""
+    token_bytes = 2 * 3 * 2 * 16 * 4
+    limit = 1280
+    engine = LocalEngine(tiny_model, chat, kv_memory=limit * token_bytes / 2**30)
+    held: list[int] = []
+    reserve = engine._cache.reserve
+
+    def watched(**wanted: int) -> None:
+        reserve(**wanted)
+        held.append(sum(rows.count * rows.columns for rows in (engine._cache.trunks, engine._cache.tails)))
+
+    engine._cache.reserve = watched  # type: ignore[method-assign]
+    long = longer(prompt, [5] * (900 - len(prompt[0])))
+    short = [request(longer(prompt, [6, n]), seed=n, index=n, max_tokens=8) for n in range(12)]
+    answers(engine, [request(long, max_tokens=8)])
+    assert held[-1] >= 900
+    answers(engine, short)
+    assert max(held) <= limit
+
+
+def test_a_limit_that_binds_is_told_once(
+    tiny_model: Any, chat: Chat, prompt: Prompt, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = LocalEngine(tiny_model, chat, kv_memory=1e-9)
+    for _ in range(2):
+        answers(engine, [request(longer(prompt, [n]), index=n, max_tokens=2) for n in range(3)])
+    assert [record.message[:48] for record in caplog.records] == ["engine.kv_memory has room for only 1 rollouts at"]
+
+
 def test_new_weights(engine: LocalEngine, tiny_model: Any, chat: Chat, prompt: Prompt) -> None:
     before = answers(engine, [request(prompt)])
     with torch.no_grad():

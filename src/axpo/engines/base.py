@@ -78,6 +78,10 @@ class Engine(Protocol):
         """
         ...
 
+    def sleep(self) -> None:
+        """Nothing is asked until the weights have changed: give back the memory that only generating needs."""
+        ...
+
     def update_weights(self) -> None:
         """The policy's weights have changed: forget what was computed with the old ones."""
         ...

@@ -9,18 +9,18 @@ from typing import Generic, TypeVar
 
 from axpo.engines.base import RolloutKey
 
-Job = TypeVar("Job")
+Entry = TypeVar("Entry")  # what waits: a request, or a pause
 
 
 @dataclass
-class _Rollout(Generic[Job]):
+class _Rollout(Generic[Entry]):
     """An open rollout. It is *away* while it asks nothing; then it is expected back by step `deadline`."""
 
     deadline: int
-    asking: set[Job] = field(default_factory=set)
+    asking: set[Entry] = field(default_factory=set)
 
 
-class Clock(Generic[Job]):
+class Clock(Generic[Entry]):
     """A rollout that got an answer at step s is expected back by s + overlap: with its next request, or ended.
 
     One that comes back early is held until exactly that step; for one that is late the engine waits. A rollout
@@ -30,9 +30,9 @@ class Clock(Generic[Job]):
     def __init__(self, overlap: int) -> None:
         self.step = 0
         self._overlap = overlap
-        self._open: dict[RolloutKey, _Rollout[Job]] = {}
+        self._open: dict[RolloutKey, _Rollout[Entry]] = {}
         self._asked = 0
-        self._held: list[tuple[int, RolloutKey, int, Job]] = []
+        self._held: list[tuple[int, RolloutKey, int, Entry]] = []
 
     def open(self, key: RolloutKey) -> None:
         """Raises ValueError where a rollout of this key is open."""
@@ -46,7 +46,7 @@ class Clock(Generic[Job]):
     def close(self, key: RolloutKey) -> None:
         del self._open[key]
 
-    def ask(self, key: RolloutKey, job: Job) -> None:
+    def ask(self, key: RolloutKey, job: Entry) -> None:
         """A request has come: it is due at its rollout's deadline."""
         rollout = self._open.get(key)
         due = self.step
@@ -56,7 +56,7 @@ class Clock(Generic[Job]):
         self._held.append((due, key, self._asked, job))
         self._asked += 1
 
-    def answered(self, key: RolloutKey, job: Job, at_once: bool = False) -> None:
+    def answered(self, key: RolloutKey, job: Entry, at_once: bool = False) -> None:
         """A request has been answered, or given up: its rollout is away from now on, or expected back at once."""
         self._held = [held for held in self._held if held[3] is not job]
         rollout = self._open.get(key)
@@ -64,7 +64,7 @@ class Clock(Generic[Job]):
             rollout.asking.remove(job)
             rollout.deadline = self.step + (0 if at_once else self._overlap)
 
-    def asking(self) -> list[Job]:
+    def asking(self) -> list[Entry]:
         """All requests that are not taken yet."""
         return [held[3] for held in self._held]
 
@@ -72,7 +72,7 @@ class Clock(Generic[Job]):
         """Whether a rollout is away past its deadline: the engine must not step before it is back."""
         return any(not rollout.asking and rollout.deadline <= self.step for rollout in self._open.values())
 
-    def take_due(self) -> list[Job]:
+    def take_due(self) -> list[Entry]:
         """The requests that are due, in the order of their rollouts."""
         due = sorted(held[:3] for held in self._held if held[0] <= self.step)
         jobs = {held[2]: held[3] for held in self._held}

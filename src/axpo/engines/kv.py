@@ -60,34 +60,39 @@ class PathCache:
     def _number(self, trunk: Keys) -> int:
         """The row of the trunk with exactly this path; -1 where there is none."""
         same = (self.trunks.shared(trunk) == len(trunk)) & (self.trunks.lengths == len(trunk))
-        same[self.trunks.busy :] &= len(trunk) > 0
+        same[self.trunks.busy :] &= len(trunk) > 0  # an idle row that holds nothing is no empty trunk
         return int(same.argmax()) if same.any() else -1
 
     # Adding and releasing
 
-    def fits(self, trunks: int, trunk_tokens: int, tails: int, tail_tokens: int) -> bool:
+    def fits(self, *, trunks: int, trunk_tokens: int, tails: int, tail_tokens: int) -> bool:
         """Whether so many trunks and tails of at most so many tokens can be in flight at the same time."""
         return trunks * _rounded(trunk_tokens) + tails * _rounded(tail_tokens) <= self._limit
 
-    def reserve(self, trunks: int, trunk_tokens: int, tails: int, tail_tokens: int) -> None:
+    def reserve(self, *, trunks: int = 0, trunk_tokens: int = 0, tails: int = 0, tail_tokens: int = 0) -> None:
         """Make room for so many more trunks and tails, and for this many tokens in each.
 
-        Where the limit is in the way, idle paths go, the least recently used first. The numbers of trunks and idle
-        tails may change.
+        Where the limit is in the way, idle paths go, the least recently used first, and rows become as narrow as what
+        is left in them allows. The numbers of trunks and idle tails may change.
         """
         shapes = [(self.trunks, trunks, trunk_tokens), (self.tails, tails, tail_tokens)]
         if all(tokens <= rows.columns and more <= len(rows.empty()) for rows, more, tokens in shapes):
             return
-        wide = [(rows, more, max(rows.columns, _rounded(tokens))) for rows, more, tokens in shapes]
-        ample = [(max(rows.count, 2 * (rows.held() + more)), columns) for rows, more, columns in wide]
-        if sum(count * columns for count, columns in ample) > self._limit:
-            while sum((rows.held() + more) * columns for rows, more, columns in wide) > self._limit:
-                if not self._drop_oldest():
-                    break
-            ample = [(rows.held() + more, columns) for rows, more, columns in wide]
+        sizes = [
+            (max(rows.count, 2 * (rows.held() + more)), max(rows.columns, _rounded(tokens)))
+            for rows, more, tokens in shapes
+        ]
+        while sum(count * columns for count, columns in sizes) > self._limit:
+            least = [
+                (rows.held() + more, _rounded(max(tokens, rows.lengths.max(initial=0)))) for rows, more, tokens in shapes
+            ]
+            enough = sum(count * columns for count, columns in least) <= self._limit
+            if enough or not self._drop_oldest():
+                sizes = least
+                break
         self._close_gaps()
-        self.trunks.resize(*ample[0])
-        self.tails.resize(*ample[1])
+        self.trunks.resize(*sizes[0])
+        self.tails.resize(*sizes[1])
 
     def use_trunk(self, trunk: Keys) -> bool:
         """Put the trunk of this path in flight; False where there is none."""

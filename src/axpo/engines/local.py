@@ -5,6 +5,7 @@ once: N rollouts prefill their prompt once, a turn only its observation, a conti
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,15 @@ from axpo.engines.pictures import Part, Pictures
 from axpo.engines.sampling import sample
 from axpo.policy import banned_tokens, forward_logits, vocabulary_size
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Counters:
-    """What the engine has done: tokens computed in prefills, taken from the cache, and sampled."""
+    """What the engine has done with the tokens of requests, computed or taken from the cache, and how many it sampled.
+
+    The last token of a request is computed with the first decode step, and counts as prefilled.
+    """
 
     prefilled_tokens: int = 0
     reused_tokens: int = 0
@@ -59,6 +65,7 @@ class LocalEngine:
         self._model = model
         self._chat = chat
         self._max_batch = max_batch
+        self._told = False
         self._banned = banned_tokens(chat, model)
         self._cache = PathCache(int(kv_memory * 2**30 / _token_bytes(model)))
         self._pictures = Pictures(model, chat)
@@ -115,13 +122,17 @@ class LocalEngine:
             self._begun.discard(key)
             self._changed.set()
 
-    def update_weights(self) -> None:
-        """Forget keys, values and image features of the old weights. Raises RuntimeError with requests in flight."""
+    def sleep(self) -> None:
+        """Give the memory of keys, values and image features back. Raises RuntimeError with requests in flight."""
         self._drop_cancelled()
         if self._jobs:
-            raise RuntimeError(f"the weights cannot change while {len(self._jobs)} generations are in flight")
+            raise RuntimeError(f"the engine cannot sleep while {len(self._jobs)} generations are in flight")
         self._cache.reset()
         self._pictures.reset()
+
+    def update_weights(self) -> None:
+        """Forget keys, values and image features of the old weights. Raises RuntimeError with requests in flight."""
+        self.sleep()
 
     # Driving
 
@@ -200,7 +211,7 @@ class LocalEngine:
         ids, paths, positions = (
             np.stack(parts) for parts in zip(*(job.next_input() for job in self._jobs), strict=True)
         )
-        self._cache.reserve(0, 0, 0, int(self._cache.tails.lengths[: len(self._jobs)].max()) + 1)
+        self._cache.reserve(tail_tokens=int(self._cache.tails.lengths[: len(self._jobs)].max()) + 1)
         self._cache.decode(paths, self._model.device)
         last = [part for job in self._jobs if not job.new_ids for part in job.pictures(len(job.ids) - 1, len(job.ids))]
         logits = self._forward(ids[:, None], positions.T[..., None], last, keep=1)[:, 0]
@@ -245,15 +256,15 @@ class LocalEngine:
         """Compute what the cache lacks of these paths, but for the last token of each."""
         old, given, computed = len(self._jobs), sum(len(job.ids) for job in jobs), self.counters.prefilled_tokens
         trunks = list({job.trunk.tobytes(): job for job in jobs}.values())
-        self._cache.reserve(len(trunks), max(len(job.trunk) for job in trunks), 0, 0)
         new = [job for job in trunks if not self._cache.use_trunk(job.trunk)]
+        self._cache.reserve(trunks=len(new), trunk_tokens=max((len(job.trunk) for job in new), default=0))
         while new:
             wave, new = next_wave([(j, self._cache.shared_trunk(j.trunk), len(j.trunk)) for j in new])
             first = self._cache.trunks.busy
             for job, shared, _ in wave:
                 self._cache.add_trunk(job.trunk, shared)
             self._prefill(wave, first, self._cache.extend_trunks)
-        self._cache.reserve(0, 0, len(jobs), max(len(job.ids) - len(job.trunk) for job in jobs))
+        self._cache.reserve(tails=len(jobs), tail_tokens=max(len(job.ids) - len(job.trunk) for job in jobs))
         while jobs:
             last = [(j, self._cache.shared_tail(j.path[:-1], j.trunk), len(j.ids) - 1) for j in jobs]
             wave, jobs = next_wave(last)
@@ -278,10 +289,22 @@ class LocalEngine:
             trunks.add(job.trunk.tobytes())
             longest, own = max(longest, len(job.trunk)), max(own, job.own_tokens)
             rows = len(self._jobs) + len(jobs) + 1
-            if rows > 1 and not self._cache.fits(len(trunks), longest, rows, own):
+            fits = self._cache.fits(trunks=len(trunks), trunk_tokens=longest, tails=rows, tail_tokens=own)
+            if rows > 1 and not fits:
+                self._tell_of_limit(rows - 1)
                 break
             jobs.append(self._waiting.popleft())
         return jobs
+
+    def _tell_of_limit(self, rows: int) -> None:
+        if not self._told:
+            logger.warning(
+                "engine.kv_memory has room for only %d rollouts at once, with all the tokens that they may write "
+                "(engine.max_batch is %d); the others wait",
+                rows,
+                self._max_batch,
+            )
+        self._told = True
 
     def _prefill(self, wave: Sequence[Span], first: int, extend: Callable[..., None]) -> None:
         """Compute the spans of a wave, which lie in rows from `first` on, shortest first."""

@@ -15,7 +15,7 @@ class Rows:
     behind them are idle: what they hold can be continued or copied, until they are overwritten.
 
     `lengths` (rows,) counts the tokens that a row holds, `paths` (rows, columns) are their keys, `used_at` (rows,)
-    tells which was used last, and `base` (rows,) is a number that goes with a row when it moves.
+    tells which was used last, and `base` (rows,) is another row that a row stands on: it goes with it when it moves.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Rows:
         self.lengths[target] = tokens
 
     def resize(self, rows: int, columns: int) -> None:
-        """Make room for more rows and columns, or give rows back from the end."""
+        """Make room for more rows and columns, or give them back from the end."""
         if (rows, columns) == self.paths.shape:
             return
         kept, wider = min(rows, self.count), columns - self.columns
@@ -82,7 +82,7 @@ class Rows:
         self.lengths, self.used_at, self.base = (
             np.pad(array[:kept], (0, more)) for array in (self.lengths, self.used_at, self.base)
         )
-        self.paths = np.pad(self.paths[:kept], ((0, more), (0, wider)))
+        self.paths = np.pad(self.paths[:kept, :columns], ((0, more), (0, max(0, wider))))
         for layer, pair in self._buffers.items():
             # Zeros, not uninitialised memory, behind the old content: a masked NaN would still be a NaN.
             keys, values = (pad(buffer[:kept], (0, 0, 0, wider, 0, 0, 0, more)) for buffer in pair)

@@ -55,6 +55,9 @@ class Teacher:
     async def settle(self, key: RolloutKey) -> None:
         """A script takes no time."""
 
+    def sleep(self) -> None:
+        """A script takes no memory."""
+
     def update_weights(self) -> None:
         """A script has no weights."""
 
