@@ -2,11 +2,11 @@
 
     python benchmarks/gpu_step.py         (needs CUDA; ends with status 2 where there is none)
 
-Random weights in bfloat16, every layer computed again for the gradient. No rollouts, no reference, no optimizer, nor its
-memory: what packing changes, and nothing else. Each question's prompt
-holds an image; its rollouts form a tree with one fork. Both sides train the same tokens with the same log-prob code,
-and must agree on their sum. **Packed** encodes each image once and fills packs of `--pack-tokens`; **rows** encode it
-for each row, as a trainer without trees does, under SDPA's causal kernel, as many rows at once as is fastest and fits.
+Random weights in bfloat16, every layer computed again for the gradient. No rollouts, no reference, no optimizer and
+none of its memory: what packing changes, and nothing else. Each question's prompt holds an image; its rollouts form a
+tree with one fork. Both sides train the same tokens with the same log-prob code, and must agree on their sum.
+**Packed** encodes each image once and fills packs of `--pack-tokens`; **rows** encode it for each row, as a trainer
+without trees does, under SDPA's causal kernel, as many rows at once as is fastest and fits.
 
 `computed_tokens_per_second` counts what each side puts through the model, `trained_tokens_per_second` what comes of
 it. `mfu` is the operations of flops.py over the device's dense bfloat16 peak (of its data sheet, or `--peak-tflops`);

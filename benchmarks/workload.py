@@ -119,7 +119,7 @@ def score(text: str, question: Question) -> Verdict:
 
 
 class ScriptedEngine(LocalEngine):
-    """The local engine; what it samples is overridden by the script (its log-prob is still that of what was sampled)."""
+    """The local engine; what it samples is overridden by the script (the log-prob is still that of the sample)."""
 
     script: Script
 

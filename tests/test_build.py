@@ -12,8 +12,8 @@ import torch
 from axpo import build
 from axpo.chat import ChatError
 from axpo.config import Config, ConfigError, load_config
-from axpo.engines.base import Sampling
 from axpo.engines import local
+from axpo.engines.base import Sampling
 from axpo.engines.local import LocalEngine
 from axpo.policy import PolicyError
 from axpo.questions import DataError

@@ -113,7 +113,8 @@ def test_attention_is_over_the_whole_path_whatever_came_before(limit: int, done:
         elif isinstance(action, int) and driver.busy:
             driver.release(action % len(driver.busy))
         cache = driver.cache
-        most = {f"{name[:-1]}_tokens": int(rows.lengths[: rows.busy].max(initial=0)) for name, rows in both(cache)}
+        # One more than they hold: each tail has room for the token that is decoded next.
+        most = {f"{name[:-1]}_tokens": int(rows.lengths[: rows.busy].max(initial=0)) + 1 for name, rows in both(cache)}
         counts = {name: rows.busy for name, rows in both(cache)}
         if isinstance(action, tuple) and cache.fits(**counts, **most):
             # What is in flight fits: what is idle, or was wide once, does not stand in the way.

@@ -76,7 +76,8 @@ class PathCache:
         is left in them allows. The numbers of trunks and idle tails may change.
         """
         shapes = [(self.trunks, trunks, trunk_tokens), (self.tails, tails, tail_tokens)]
-        if all(tokens <= rows.columns and more <= len(rows.empty()) for rows, more, tokens in shapes):
+        small = sum(rows.count * rows.columns for rows, _, _ in shapes) <= self._limit
+        if small and all(tokens <= rows.columns and more <= len(rows.empty()) for rows, more, tokens in shapes):
             return
         sizes = [
             (max(rows.count, 2 * (rows.held() + more)), max(rows.columns, _rounded(tokens)))
@@ -84,7 +85,8 @@ class PathCache:
         ]
         while sum(count * columns for count, columns in sizes) > self._limit:
             least = [
-                (rows.held() + more, _rounded(max(tokens, rows.lengths.max(initial=0)))) for rows, more, tokens in shapes
+                (rows.held() + more, _rounded(max(tokens, rows.lengths.max(initial=0))))
+                for rows, more, tokens in shapes
             ]
             enough = sum(count * columns for count, columns in least) <= self._limit
             if enough or not self._drop_oldest():
