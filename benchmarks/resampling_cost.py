@@ -1,6 +1,6 @@
 """What AXPO's resampling costs: its step at r = 0, 0.25, 0.5 and 1 against GRPO steps of N·(1 + r) rollouts.
 
-    python benchmarks/resampling_cost.py          (about 20 minutes on two cores)
+    python benchmarks/resampling_cost.py          (about 12 minutes on two cores)
 
 All are our trainer, with the same model, engine, packing and scripted texts (workload.py): of the N rollouts of a
 group, 3/8 call a tool in vain and the others answer at once. So every group may be forked, and AXPO spends its whole
