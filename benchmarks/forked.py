@@ -29,7 +29,7 @@ def make_tree(
     """
     rng = np.random.default_rng([seed, prompt])
 
-    def add(parent: Segment, count: int, reward: float, resampled: bool = False) -> Segment:
+    def add(parent: Segment, count: int, reward: float, resampled: int = 0) -> Segment:
         ids = rng.integers(20, 500, count)
         segment = tree.append(parent, Kind.POLICY, ids, [-1.0] * count, resampled=resampled)
         segment.outcome = Outcome(StopReason.ANSWER, reward)
@@ -41,14 +41,14 @@ def make_tree(
     at = int(depth * length)
     prefix = tree.fork(source, at)
     for i in range(CONTINUATIONS):
-        add(prefix, length - at, float(i % 2), resampled=True)
+        add(prefix, length - at, float(i % 2), resampled=1)
     credit_axpo(tree)
     return tree
 
 
 def trained_paths(tree: RolloutTree) -> list[list[Segment]]:
     """The path of each leaf that learns."""
-    return [leaf.path() for leaf in tree.leaves() if leaf.credit]
+    return [leaf.path() for leaf in tree.leaves() if leaf.credits]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Rows:
         for path in (path for tree in trees for path in trained_paths(tree)):
             places, start = [], 0
             for segment in path:
-                if segment.credit and segment not in trained:
+                if segment.credits and segment not in trained:
                     trained.add(segment)
                     places.append(torch.arange(start - 1, start + len(segment) - 1))
                 start += len(segment)

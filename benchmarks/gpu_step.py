@@ -184,7 +184,7 @@ def work(model: PreTrainedModel, trees: Sequence[RolloutTree], size: Size) -> di
     paths = [path for tree in trees for path in trained_paths(tree)]
     lengths = [sum(map(len, path)) for path in paths]
     needed = {segment for path in paths for segment in path}
-    trained = sum(len(s) for s in needed if s.credit)
+    trained = sum(len(s) for s in needed if s.credits)
     unique, patches = sum(map(len, needed)), size.image[0] * size.image[1]
     flops = {
         "packed": text_flops(model, unique, attended(paths), trained) + vision_flops(model, [patches] * len(trees)),

@@ -94,7 +94,7 @@ def one_case(sides: Contenders, prompt: int, depth: float, runs: int, memory: Se
     lengths = [sum(map(len, path)) for path in paths]
     needed = {segment for path in paths for segment in path}
     unique, row_tokens = sum(map(len, needed)), sum(lengths)
-    trained = sum(len(s) for s in needed if s.credit)
+    trained = sum(len(s) for s in needed if s.credits)
     batch = sides.fastest_batch(tree, max(lengths))
     steps = {"packed": sides.packed(tree), "rows": sides.rows(tree, batch)}
     found: dict[str, float] = {}

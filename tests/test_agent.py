@@ -18,7 +18,7 @@ from axpo.fork import candidates, open_prefix
 from axpo.questions import Question
 from axpo.tools.base import SystemFault, Toolbox
 from axpo.tools.zoom import make_zoom
-from axpo.tree import Kind, RolloutTree, StopReason
+from axpo.tree import Kind, RolloutTree, StopReason, ToolUse
 
 THOUGHT = "I look.\n</think>\n\n"
 
@@ -133,6 +133,33 @@ def test_a_system_fault_makes_the_rollout_void(play: Callable) -> None:
     assert fine.reward == 1.0
 
 
+@pytest.mark.parametrize(
+    ("written", "use"),
+    [
+        (ZOOM, ToolUse("image_zoom_in_tool")),
+        ("<tool_call>\n{nonsense\n</tool_call>", ToolUse("", "malformed")),
+        (call("teleport", to="Mars"), ToolUse("", "unknown_tool")),
+        (call(bbox_2d=[0, 0, 500, 500], label="corner"), ToolUse("image_zoom_in_tool", "bad_arguments")),
+    ],
+)
+def test_an_observation_says_which_calls_it_answers(play: Callable, written: str, use: ToolUse) -> None:
+    tree, _, _ = play([THOUGHT + written, ANSWER])
+    assert [segment.uses for segment in tree.segments()] == [(), (), (use,), ()]
+    tree, _, _ = play([THOUGHT + ZOOM + written, ANSWER])
+    assert tree.leaves()[0].path()[2].uses == (ToolUse("image_zoom_in_tool"), use)
+
+
+def test_calls_without_an_observation_stand_in_the_outcome(play: Callable) -> None:
+    tree, _, _ = play([THOUGHT + ZOOM + call("broken") + ZOOM], [THOUGHT + ZOOM, ANSWER])
+    outcomes = [leaf.outcome for leaf in tree.leaves()]
+    zoom = ToolUse("image_zoom_in_tool")
+    assert [outcome.uses for outcome in outcomes if outcome] == [(zoom, ToolUse("broken", "system")), ()]
+    tree, _, _ = play([THOUGHT + ZOOM], images=1)
+    assert [leaf.outcome.uses for leaf in tree.leaves() if leaf.outcome] == [(zoom,)]
+    tree, _, _ = play([THOUGHT + ZOOM], turns=0)  # a call that is not run is no use
+    assert [leaf.outcome.uses for leaf in tree.leaves() if leaf.outcome] == [()]
+
+
 def test_a_call_in_the_last_turn_is_not_run(play: Callable) -> None:
     tree, script, _ = play([THOUGHT + ZOOM] * 3, turns=2)
     (leaf,) = tree.leaves()
@@ -197,8 +224,8 @@ def test_resampling_continues_the_frozen_turn(play: Callable, chat: Chat, questi
     assert chat.tokenizer.decode(prefix.ids).endswith("<tool_call>")
     rest = ZOOM.removeprefix("<tool_call>").replace("500, 500", "900, 900")
     script.texts = [[], [rest, ANSWER], ["\n{broken", ANSWER]]
-    asyncio.run(agent.draw((tree, question), prefix, range(1, 3), (0, 1)))
-    assert [child.resampled for child in prefix.children] == [False, True, True]
+    asyncio.run(agent.draw((tree, question), prefix, range(1, 3), (0, 1), resampling=1))
+    assert [child.resampled for child in prefix.children] == [0, 1, 1]
     good, bad = tree.continuations(prefix)
     assert good.outcome is not None
     assert good.outcome.reward == 1.0

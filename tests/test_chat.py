@@ -59,6 +59,13 @@ def test_observation_of_two_tool_messages_and_an_image_golden(byte_chat: Chat) -
     ]
 
 
+def test_a_reply_golden(byte_chat: Chat) -> None:
+    """Control tokens in it stay text."""
+    assert byte_chat.reply("No <think>") == [
+        *[*b"\n", IM_START, *b"user\nNo < think>", IM_END, *b"\n", IM_START, *b"assistant\n", THINK, *b"\n"]
+    ]
+
+
 def test_images_stand_in_order_of_appearance(byte_chat: Chat) -> None:
     first, second = png(64, 64), png(128, 64)
     parts = [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "image"}]

@@ -172,6 +172,38 @@ def test_train_leaves_a_whole_run_folder(trained: tuple[Path, Result]):
     assert result.stderr == ""
 
 
+def test_a_step_logs_what_the_diagnostics_find(trained: tuple[Path, Result]):
+    step, evaluation = metrics(trained[0])
+    named = {
+        "one_outcome",
+        "turns_per_rollout",
+        "tokens_per_rollout",
+        "forked",
+        "recovered",
+        "tool_calls",
+        "tool_errors",
+    }
+    for calls in "call_tokens", "resampled_call_tokens":
+        named |= {f"{calls}_{sign}" for sign in ("positive", "zero", "negative")}
+    assert named <= step.keys()
+    assert step["alarms"] == []
+    assert "alarms" not in evaluation
+    assert 1 <= step["tokens_per_rollout"] <= 4 * 8  # at most four turns of max_tokens
+
+
+def test_an_alarm_may_end_a_run(project: Path):
+    options = ("alarms.stop=true", "alarms.steps=7", "alarms.tool_use=1", "alarms.one_outcome=1", "method=grpo")
+    result = axpo("train", project, *options, "train.steps=9")
+    assert result.exit_code == 3, result.output
+    run = project.parent / "run"
+    warning, end = result.stderr.splitlines()
+    assert warning.startswith("warning: step 7: ")
+    assert warning.endswith("% of the rollouts of the last 7 steps use a tool, less than alarms.tool_use = 100.0%")
+    assert end == f"stopped after step 7 by alarms.stop (tool_use): the run so far is in {run}"
+    assert [step["alarms"] for step in metrics(run)] == [[]] * 6 + [["tool_use"]]
+    opens(run / "checkpoint")
+
+
 def test_the_prompt_lists_the_users_tool(trained: tuple[Path, Result]):
     run, _ = trained
     chat = Chat.from_pretrained(run / "checkpoint")
@@ -434,3 +466,32 @@ def test_a_bug_is_not_called_a_mistake(project: Path, monkeypatch: pytest.Monkey
     result = axpo("train", project)
     assert isinstance(result.exception, ValueError)
     assert result.stderr == ""
+
+
+def test_methods_are_listed_with_options_and_sources() -> None:
+    shown = axpo("methods")
+    assert shown.exit_code == 0
+    assert max(map(len, shown.output.splitlines())) <= 80
+    for word in ("grpo:", "axpo:", "arXiv 2605.28774", "prefix_credit", "arpo_rule", "num_rollouts"):
+        assert word in shown.output
+    listed = {method["name"]: method for method in json.loads(axpo("methods", "--json").output)}
+    assert list(listed) == ["grpo", "axpo", "tool_bonus", "tool_penalty", "cispo", "arpo", "rltf"]
+    assert listed["axpo"]["options"]["continuations"] == 4
+    assert listed["cispo"]["options"]["kl"] == 0
+    assert set(listed["cispo"]) == {"name", "summary", "source", "options"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method=ppo"], "error: method.name: got 'ppo', must be 'grpo'"),
+        (["method=grpo", "method.rank=random"], "error: method.rank: got 'random', but that is an option of axpo"),
+        (["method.threshold=2"], "error: method.threshold: got 2, must be less than or equal to 1"),
+    ],
+)
+def test_a_wrong_method_is_told_before_a_model_is_loaded(overrides: list[str], said: str, tmp_path: Path) -> None:
+    result = axpo("quickstart", f"output={tmp_path / 'run'}", *overrides)
+    assert result.exit_code == 2
+    assert said in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run").exists()

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from axpo.config import Config, ConfigError, load_config, save_config
 from axpo.config_errors import key_names
+from axpo.options import MethodConfig
 
 
 def problem(path: Path | None = None, *overrides: str) -> str:
@@ -43,7 +44,7 @@ def test_every_key_is_described_with_its_default() -> None:
                 assert "Default: " in (field.description or ""), name
 
     check(Config)
-    assert len(list(key_names(Config))) <= 60
+    assert len(list(key_names(Config))) <= 80
 
 
 def test_a_file_and_overrides_are_merged(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_saved_config_loads_back_equal_from_anywhere(tmp_path: Path, monkeypat
         ("train.lr=1", "train.lr: unknown key -> did you mean train.learning_rate?"),
         ("warmup_steps=1", "warmup_steps: unknown key -> did you mean train.warmup_steps or sft.warmup_steps?"),
         ("sed=1", "sed: unknown key -> did you mean seed?"),
-        ("method.name=ppo", "method.name: got 'ppo', must be 'grpo' or 'axpo'"),
+        ("method.name=ppo", "method.name: got 'ppo', must be 'grpo', 'axpo', 'tool_bonus'"),
         ("train.learning_rate=fast", "train.learning_rate: got 'fast', must be a valid number"),
         ("train.learning_rate=.nan", "train.learning_rate: got nan, must be a finite number"),
         ("train.learning_rate=0", "train.learning_rate: got 0, must be greater than 0"),
@@ -226,3 +227,64 @@ def test_any_value_is_taken_or_refused_by_a_config_error(value: Any) -> None:
     for key in ("seed", "train", "tools.names", "data.train", "output"):
         with contextlib.suppress(ConfigError):
             load_config(None, [f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6)}"])
+
+
+def test_a_method_by_one_word(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("method: {budget: 0.5, continuations: 2}")
+    assert load_config(file, ["method=grpo"]).method == MethodConfig(name="grpo", budget=0.5, continuations=2)
+    assert load_config(file, ["method=cispo"]).method.kl == 0
+    file.write_text("method: cispo")
+    assert load_config(file, ["method.kl=0.5"]).method == MethodConfig(name="cispo", kl=0.5)
+    whole = tmp_path / "whole.yaml"
+    for old, new in (("axpo", "cispo"), ("cispo", "grpo")):  # a saved config spells all keys out
+        save_config(load_config(None, [f"method={old}", "method.clip_high=0.3"]), whole)
+        assert load_config(whole, [f"method={new}"]).method == MethodConfig(name=new, clip_high=0.3)
+    saved = tmp_path / "saved.yaml"
+    for overrides in (
+        ["method=axpo", "method.prefix_fix=false"],
+        ["method=cispo"],
+        ["method=arpo", "method.arpo_rule=code"],
+    ):
+        config = load_config(None, overrides)
+        save_config(config, saved)
+        assert load_config(saved) == config
+
+
+def test_num_rollouts_multiplies_the_group() -> None:
+    assert load_config(None, ["method=grpo", "method.num_rollouts=2x"]).group_size == 16
+    assert "method.num_rollouts: got 'x2', must" in problem(None, "method.num_rollouts=x2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["method=ppo"], "method.name: got 'ppo', must be 'grpo', 'axpo', 'tool_bonus'"),
+        (
+            ["method=grpo", "method.prefix_fix=false"],
+            "method.prefix_fix: got False, but that is an option of axpo, not of grpo; must be left out or True",
+        ),
+        (["method=axpo", "method.dynamic_sampling=3"], "option of grpo, cispo, not of axpo"),
+        (
+            ["method=rltf", "method.arpo_rule=code"],
+            "method.arpo_rule: got 'code', but that is an option of arpo, not of rltf",
+        ),
+        (["method.threshold=0"], "method.threshold: got 0, must be greater than 0"),
+        (["method.threshold=1.5"], "method.threshold: got 1.5, must be less than or equal to 1"),
+        (["method=rltf", "judge.url=http://localhost:1/v1"], "judge.model: got nothing, but judge.url is given"),
+        (["method=rltf", "judge={url: localhost, model: m}"], "judge.url: got 'localhost', must begin with http://"),
+        (
+            ["method=rltf", "judge={url: 'http://x', model: m, key: AXPO_NO_KEY}"],
+            "judge.key: got 'AXPO_NO_KEY', but no",
+        ),
+        (["judge={url: 'http://x', model: m}"], "judge.url: got 'http://x', but only method=rltf asks a judge"),
+    ],
+)
+def test_options_of_other_methods_and_out_of_range(overrides: list[str], expected: str) -> None:
+    assert expected in problem(None, *overrides)
+
+
+def test_an_adaptive_budget_may_need_several_steps_for_a_prefix() -> None:
+    sizes = ["rollout.questions=1", "rollout.rollouts=8", "method.adaptive_budget=1"]
+    load_config(None, sizes)  # 2 rollouts a step, of which one step's are kept: 4
+    assert "nothing can ever be resampled" in problem(None, *sizes, "method.adaptive_budget=0.5")

@@ -19,9 +19,7 @@ def end(segment: Segment, reward: float | None) -> None:
     segment.outcome = Outcome(StopReason.VOID if reward is None else StopReason.ANSWER, reward)
 
 
-def two_turns(
-    tree: RolloutTree, parent: Segment, tokens: int, reward: float | None, resampled: bool = False
-) -> Segment:
+def two_turns(tree: RolloutTree, parent: Segment, tokens: int, reward: float | None, resampled: int = 0) -> Segment:
     """`tokens` policy tokens, an observation, LAST policy tokens. Returns the first segment."""
     first = tree.append(parent, Kind.POLICY, [5] * tokens, [-1.0] * tokens, resampled=resampled)
     seen = tree.append(first, Kind.OBSERVATION, [6, 6])
@@ -37,16 +35,17 @@ def grow(rollouts: list[dict[str, Any]]) -> tuple[RolloutTree, list[Segment]]:
         if "continuations" in rollout:
             tree.fork(first, PREFIX)
             for reward in rollout["continuations"]:
-                two_turns(tree, first, CONTINUATION, reward, resampled=True)
+                two_turns(tree, first, CONTINUATION, reward, resampled=1)
     return tree, firsts
 
 
 def turns(first: Segment) -> list[Credit | None]:
-    """The credit of a segment and of the last turn below it; the observation between them has none."""
+    """The one credit of a segment and of the last turn below it; the observation between them has none."""
     (seen,) = first.children
     (last,) = seen.children
-    assert seen.credit is None
-    return [first.credit, last.credit]
+    assert not seen.credits
+    assert all(len(segment.credits) <= 1 for segment in (first, last))
+    return [next(iter(segment.credits), None) for segment in (first, last)]
 
 
 def both(advantage: float | None, tokens: int) -> list[Any]:
@@ -67,12 +66,12 @@ def test_golden(case: dict[str, Any]):
         old, *continuations = first.children
         plain = "old" in expected
         length = PREFIX + OLD + LAST if plain else PREFIX
-        assert first.credit == both(expected["prefix"], length)[0]
+        assert first.credits == (both(expected["prefix"], length)[0],)
         assert turns(old) == both(expected.get("old"), length)
         for continuation, advantage in zip(continuations, expected["continuations"], strict=True):
             assert turns(continuation) == both(advantage, CONTINUATION + LAST)
         expected_streams += 1 + sum(a is not None for a in expected["continuations"])
-    assert tree.root.credit is None
+    assert not tree.root.credits
     assert len(streams) == expected_streams
 
 
@@ -88,14 +87,14 @@ def test_streams_come_rollout_by_rollout_a_prefix_before_its_continuations():
 def test_the_usual_epsilon_is_a_millionth():
     tree, firsts = grow([{"reward": 0}, {"reward": 1}])
     credit_grpo(tree)
-    assert firsts[1].credit is not None
-    assert firsts[1].credit.advantage == pytest.approx(0.5 / (0.5**0.5 + 1e-6), rel=1e-14)
+    assert firsts[1].credits
+    assert firsts[1].credits[0].advantage == pytest.approx(0.5 / (0.5**0.5 + 1e-6), rel=1e-14)
 
 
 def test_grpo_credits_whole_rollouts_and_clears_what_was_there():
     tree, firsts = grow([{"reward": 0}, {"reward": 0}, {"reward": 1}, {"reward": None}])
     for segment in tree.segments():
-        segment.credit = Credit(9.0, 9)
+        segment.credits = (Credit(9.0, 9),)
     streams = credit_grpo(tree, epsilon=0.0)
     assert [turns(first) for first in firsts] == [
         both(-(3**-0.5), 6),
@@ -104,7 +103,7 @@ def test_grpo_credits_whole_rollouts_and_clears_what_was_there():
         both(None, 6),
     ]
     assert [stream.tokens for stream in streams] == [6, 6, 6]
-    assert tree.root.credit is None
+    assert not tree.root.credits
 
 
 def test_rows_carry_the_advantages():
@@ -123,23 +122,44 @@ def test_an_unfinished_rollout_is_refused_and_nothing_is_credited():
     for credit in (credit_grpo, credit_axpo):
         with pytest.raises(TreeError, match="has not ended"):
             credit(tree)
-    assert all(segment.credit is None for segment in tree.segments())
+    assert not any(segment.credits for segment in tree.segments())
 
 
-def test_a_rollout_forked_in_two_places_is_refused():
-    tree, (first, _) = grow([{"reward": 0, "continuations": [1]}, {"reward": 0}])
+def test_a_rollout_forked_in_two_places_has_two_prefixes_one_of_which_holds_the_other():
+    tree, (first, _) = grow([{"reward": 0, "continuations": [1, 0]}, {"reward": 0}])
     old = first.children[0]
-    two_turns(tree, tree.fork(old, 1), CONTINUATION, 1, resampled=True)
-    with pytest.raises(TreeError, match="two places"):
-        credit_axpo(tree)
+    for reward in (0, 0):
+        two_turns(tree, tree.fork(old, 1), CONTINUATION, reward, resampled=2)
+    streams = credit_axpo(tree, epsilon=0.0)
+    half = 0.5**0.5
+    assert [(s.tokens, s.advantage) for s in streams] == [
+        (PREFIX, pytest.approx(half)),  # recovered: the group reads (1, 0)
+        (CONTINUATION + LAST, pytest.approx(half)),
+        (CONTINUATION + LAST, pytest.approx(-half)),
+        (PREFIX + 1, 0),  # not recovered: (0, 0)
+        (CONTINUATION + LAST, 0),
+        (CONTINUATION + LAST, 0),
+        (PREFIX + OLD + LAST, 0),
+    ]
+    assert first.credits == (Credit(pytest.approx(half), PREFIX), Credit(0, PREFIX + 1))
+    assert old.credits == (Credit(0, PREFIX + 1),)
 
 
-def test_a_forked_continuation_is_refused_as_its_tokens_would_be_in_two_streams():
+def test_graded_rewards_recover_with_the_best_continuation():
+    """The source's copy of the group reads (0.6, 0.5), of the continuations (0.2, 0.6)."""
+    tree, (first, other) = grow([{"reward": 0.1, "continuations": [0.2, 0.6]}, {"reward": 0.5}])
+    credit_axpo(tree, "none")
+    assert [credit.advantage for credit in first.credits] == [pytest.approx(0.05)]
+    assert [s.credits[0].advantage for s in first.children if s.resampled] == [pytest.approx(-0.2), pytest.approx(0.2)]
+    assert [credit.advantage for credit in other.credits] == [pytest.approx(0.2)]  # plain: (0.1, 0.5)
+
+
+def test_a_forked_continuation_is_refused():
     tree, (first, _) = grow([{"reward": 0, "continuations": [1]}, {"reward": 0}])
-    two_turns(tree, tree.fork(first.children[1], 1), CONTINUATION, 1, resampled=True)
-    with pytest.raises(TreeError, match="two streams claim the same tokens"):
+    two_turns(tree, tree.fork(first.children[1], 1), CONTINUATION, 1, resampled=2)
+    with pytest.raises(TreeError, match="a continuation was forked"):
         credit_axpo(tree)
-    assert all(segment.credit is None for segment in tree.segments())
+    assert not any(segment.credits for segment in tree.segments())
 
 
 @pytest.mark.parametrize("deviation", ["sample", "population"])
@@ -166,11 +186,11 @@ def test_every_policy_token_is_credited_at_most_once(rollouts: list[dict[str, An
     streams = credit_axpo(tree)
     owned = [segment for stream in streams for segment in stream.segments]
     assert len(owned) == len(set(owned))
-    assert {s for s in tree.segments() if s.credit is not None} == set(owned)
+    assert {s for s in tree.segments() if s.credits} == set(owned)
     assert all(segment.kind is Kind.POLICY for segment in owned)
     for stream in streams:
         length = sum(len(s.ids) for s in stream.segments)
-        assert all(s.credit == Credit(stream.advantage, length) for s in stream.segments)
+        assert all(s.credits == (Credit(stream.advantage, length),) for s in stream.segments)
     # what has a reward and is not a failed continuation is in a stream; void ends and failed continuations are not
     for first, rollout in zip(firsts, rollouts, strict=True):
         drawn = rollout.get("continuations", [])

@@ -2,11 +2,12 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axpo.fork import Allocation, Candidate, allocate, candidates, open_prefix, prefix_budget
+from axpo.fork import Allocation, Candidate, allocate, branch_points, candidates, open_prefix, prefix_budget
 from axpo.tree import CallSpan, Kind, Outcome, RolloutTree, Segment, StopReason, TreeError
 
 CALL = CallSpan(2, 3, 5)
@@ -47,7 +48,8 @@ def test_confidence_is_the_mean_probability_of_the_first_call_tags_included():
         ([0.0, None], [0.0], 1),  # a void rollout is in no subgroup
         ([None], [0.0], 0),
         ([-0.5, 0.0], [], 2),
-        ([0.0, 0.1], [], 0),
+        ([0.0, 0.5], [], 0),
+        ([0.0, 0.4], [], 2),
     ],
 )
 def test_trigger(tool: list[float | None], plain: list[float | None], expected: int):
@@ -90,7 +92,7 @@ def test_a_forked_rollout_is_no_candidate_again_and_its_continuations_are_not_of
     leaves = [rollout(tree, 0.0, CALL) for _ in range(2)]
     first = candidates(tree)[0]
     prefix = open_prefix(tree, first)
-    tree.append(prefix, Kind.POLICY, [50], [-1.0], resampled=True).outcome = Outcome(StopReason.ANSWER, 1.0)
+    tree.append(prefix, Kind.POLICY, [50], [-1.0], resampled=1).outcome = Outcome(StopReason.ANSWER, 1.0)
     assert prefix.ids.tolist() == [10, 11, 12]
     assert [c.leaf for c in candidates(tree)] == [leaves[1]]
 
@@ -138,7 +140,7 @@ def test_budget_is_never_exceeded_and_never_wasted(percent: int, questions: int,
 
 def ranked(*confidences: list[float]) -> list[list[Candidate]]:
     segment = RolloutTree("q", [1]).root
-    return [[Candidate(segment, segment, 1, c) for c in group] for group in confidences]
+    return [[Candidate(segment, segment, 1, c, c) for c in group] for group in confidences]
 
 
 def test_allocation_by_hand():
@@ -192,3 +194,116 @@ def test_allocation_while_groups_run_is_the_sequential_one(confidences: list[lis
     assert all(per_tree[tree][number] is candidate for tree, number, candidate in picks)
     together = [(tree, id(candidate)) for tree, _, candidate in picks]
     assert sorted(together) == sorted((tree, id(candidate)) for tree, candidate in allocate(per_tree, budget))
+
+
+def test_which_calls_may_be_forked():
+    """Three turns that call, of confidence 0.9, 0.5 and 0.7; the second call of a turn is never forked."""
+    tree = RolloutTree("q", [1])
+    end = tree.root
+    for confidence in (0.9, 0.5, 0.7):
+        calls = [CallSpan(1, 2, 3), CallSpan(4, 5, 6)]
+        end = tree.append(end, Kind.POLICY, range(6), np.log([0.1, confidence, confidence, *[0.1] * 3]), calls=calls)
+        end = tree.append(end, Kind.OBSERVATION, [20])
+    tree.append(end, Kind.POLICY, [30], [-1.0]).outcome = Outcome(StopReason.ANSWER, 0.0)
+    confidences = {
+        at: [round(c.confidence, 5) for c in candidates(tree, fork_at=at)]
+        for at in ("first", "last", "most_uncertain", "every")
+    }
+    assert confidences == {"first": [0.9], "last": [0.7], "most_uncertain": [0.5], "every": [0.5, 0.7, 0.9]}
+    prefixes = [open_prefix(tree, c) for c in candidates(tree, fork_at="every")]
+    assert [sum(map(len, prefix.path())) for prefix in prefixes] == [1 + 7 + 2, 1 + 14 + 2, 1 + 2]
+
+
+def test_rank_by_entropy_and_at_random():
+    tree = RolloutTree("q", [1])
+    for value in (0.25, 0.75, 0.5):
+        leaf = tree.append(tree.root, Kind.POLICY, range(4), [-1.0] * 4, calls=[CALL], entropies=[9, 9, value, value])
+        leaf.outcome = Outcome(StopReason.ANSWER, 0.0)
+    leaves = tree.leaves()
+    assert [c.leaf for c in candidates(tree, rank="entropy")] == [leaves[i] for i in (1, 2, 0)]
+    assert [c.leaf for c in candidates(tree)] == leaves  # all as confident as another
+    orders = set()
+    for n in range(20):
+        shuffled = RolloutTree("q", [1])
+        for _ in range(3):
+            shuffled.append(shuffled.root, Kind.POLICY, [n, 1, 2, 3], [-1.0] * 4, calls=[CALL]).outcome = leaf.outcome
+        picked = [c.leaf for c in candidates(shuffled, rank="random")]
+        assert picked == [c.leaf for c in candidates(shuffled, rank="random")]  # the tree alone decides
+        orders.add(tuple(shuffled.leaves().index(leaf) for leaf in picked))
+    assert len(orders) > 3
+    tree.leaves()[0].entropies = None
+    with pytest.raises(TreeError, match="no entropies"):
+        candidates(tree, rank="entropy")
+
+
+def test_rollouts_without_a_tool_have_a_trigger_of_their_own():
+    tree = RolloutTree("q", [1])
+    rollout(tree, 0.0, CALL)
+    for reward in (0.0, 0.0):
+        leaf = rollout(tree, reward)
+        leaf.thought = 4
+    assert len(candidates(tree)) == 1
+    found = candidates(tree, resample_no_tool=True)
+    assert [(c.leaf.uses_tool, c.token_index) for c in found] == [(False, 4), (False, 4), (True, 3)]
+    assert [c.confidence for c in found] == pytest.approx([(0.3 + 0.125) / 2] * 2 + [0.6], abs=1e-7)
+    rollout(tree, 1.0)
+    assert len(candidates(tree, resample_no_tool=True)) == 1
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 1.0])), max_size=8), st.floats(0.001, 1.0))
+def test_binary_rewards_fail_alike_under_every_threshold(rollouts: list[tuple[bool, float]], threshold: float):
+    tree = RolloutTree("q", [1])
+    for tool, reward in rollouts:
+        rollout(tree, reward, CALL if tool else None)
+    assert candidates(tree, threshold) == candidates(tree, 0.5)
+
+
+def test_a_graded_reward_fails_below_the_threshold():
+    tree = RolloutTree("q", [1])
+    for reward in (0.2, 0.6):
+        rollout(tree, reward, CALL)
+    assert [len(candidates(tree, threshold)) for threshold in (0.1, 0.5, 0.6, 0.61, 1.0)] == [0, 0, 0, 2, 2]
+
+
+def branching(*entropies: tuple[float, float]) -> RolloutTree:
+    """Rollouts of two turns, with the entropy of each; only the first 20 tokens of a turn count."""
+    tree = RolloutTree("q", [1])
+    for n, (first, second) in enumerate(entropies):
+        end = tree.append(tree.root, Kind.POLICY, [n] * 30, [-1.0] * 30, entropies=[first] * 20 + [99] * 10)
+        end = tree.append(end, Kind.OBSERVATION, [20])
+        end = tree.append(end, Kind.POLICY, [30, 31], [-1.0] * 2, entropies=[second] * 2)
+        end.outcome = Outcome(StopReason.ANSWER, 0.0)
+    return tree
+
+
+def test_arpo_branches_where_entropy_has_risen_after_the_observation():
+    """With |V| = e^2, a rise of 1 nat counts 1/2: 0.5 + 0.2 / 2 = 0.6."""
+    tree = branching((1.0, 2.0), (1.0, 1.0), (2.0, 1.0))
+    points = [leaf.path()[2] for leaf in tree.leaves()]
+    vocabulary = math.exp(2)
+    assert branch_points(tree, vocabulary) == points[:1]  # type: ignore[arg-type]
+    assert branch_points(tree, vocabulary, chance=0.59) == points[:1]  # type: ignore[arg-type]
+    assert branch_points(tree, vocabulary, chance=0.61) == []  # type: ignore[arg-type]
+    assert branch_points(tree, vocabulary, weight=0.0) == []  # type: ignore[arg-type]
+    assert branch_points(tree, vocabulary, chance=0.39) == points  # type: ignore[arg-type]
+
+
+def test_arpos_code_branches_by_chance_and_the_segment_before():
+    tree = branching(*[(1.0, 9.0)] * 400)
+    shares = [len(branch_points(tree, 8, "code", chance=chance)) / 400 for chance in (0.0, 0.5, 1.0)]
+    assert shares[0] == 0
+    assert shares[1] == pytest.approx(0.5, abs=0.1)  # four standard errors; the rise after it does not count
+    assert shares[2] == 1
+    risen = branching(*[(1.0, 9.0)] * 50)
+    for leaf in risen.leaves():  # a third turn, before whose observation the entropy has risen by 20 tokens · 2 nats
+        outcome, leaf.outcome = leaf.outcome, None
+        leaf.entropies = np.full(2, 30.0)
+        seen = risen.append(leaf, Kind.OBSERVATION, [40])
+        risen.append(seen, Kind.POLICY, [50], [-1.0], entropies=[0.0]).outcome = outcome
+    # 60 - 20 nats over log 8 = 19.2 times 0.2 are above any random number: all branch there, whatever the chance.
+    points = branch_points(risen, 8, "code", weight=0.2, chance=0.0)
+    assert [len(point.path()) for point in points] == [5] * 50
+    assert branch_points(risen, 8, "code", weight=0.0, chance=0.0) == []
+    tree.leaves()[0].path()[1].entropies = None
+    with pytest.raises(TreeError, match="no entropies"):
+        branch_points(tree, 8)

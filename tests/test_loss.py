@@ -142,7 +142,7 @@ def test_eq_5_of_a_credited_tree():
         rollout.outcome = Outcome(StopReason.ANSWER, 0.0)
     prefix = tree.fork(tree.root.children[0], 3)
     for length, reward in ((1, 0.0), (6, 1.0), (2, 0.0), (3, 0.0)):
-        drawn = tree.append(prefix, Kind.POLICY, [3] * length, [-1.0] * length, resampled=True)
+        drawn = tree.append(prefix, Kind.POLICY, [3] * length, [-1.0] * length, resampled=1)
         drawn.outcome = Outcome(StopReason.ANSWER, reward)
     streams = credit_axpo(tree, epsilon=0.0)
     advantages = doubles(*[s.advantage for s in streams for _ in range(s.tokens)])

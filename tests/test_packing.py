@@ -30,9 +30,7 @@ def words(rng: np.random.Generator, count: int) -> list[int]:
     return [int(i) for i in rng.integers(0, 256, count)]
 
 
-def policy(
-    tree: RolloutTree, parent: Segment, rng: np.random.Generator, count: int, resampled: bool = False
-) -> Segment:
+def policy(tree: RolloutTree, parent: Segment, rng: np.random.Generator, count: int, resampled: int = 0) -> Segment:
     return tree.append(parent, Kind.POLICY, words(rng, count), rng.normal(-1, 0.3, count), resampled=resampled)
 
 
@@ -50,7 +48,7 @@ def forked_tree(chat: Chat, seed: int) -> RolloutTree:
     source.outcome = Outcome(StopReason.ANSWER, 0.0)
     prefix = tree.fork(source, 4)
     for reward in (1.0, 0.0):
-        first = policy(tree, prefix, rng, 3, resampled=True)
+        first = policy(tree, prefix, rng, 3, resampled=1)
         shown = tree.append(first, Kind.OBSERVATION, *observation(chat, "look", seed + 2 + int(reward)))
         policy(tree, shown, rng, 6).outcome = Outcome(StopReason.ANSWER, reward)
     return tree
@@ -102,13 +100,13 @@ def test_packed_tree_equals_rows_in_loss_and_gradients(chat: Chat, make_model: C
             logprobs_of_row = row_logprobs(model, chat, leaf, banned)
             start = 0
             for segment in leaf.path():
-                if segment.credit is not None and segment not in counted:
+                if segment.credits and segment not in counted:
                     counted.add(segment)
                     new = logprobs_of_row[start - 1 : start - 1 + len(segment)]
                     ratio = (new - torch.tensor(segment.logprobs, dtype=torch.float64)).exp()
-                    advantage = segment.credit.advantage
+                    advantage = segment.credits[0].advantage
                     surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.4) * advantage)
-                    total = total - surrogate.sum() / segment.credit.stream_tokens / 6
+                    total = total - surrogate.sum() / segment.credits[0].stream_tokens / 6
                 start += len(segment)
     total.backward()
     torch.testing.assert_close(loss, total, atol=1e-9, rtol=0)
@@ -148,7 +146,7 @@ def test_what_nobody_learns_from_is_not_computed(chat: Chat) -> None:
     tree = forked_tree(chat, 0)
     credit_axpo(tree)
     old = tree.root.children[2].children[0]  # the failed continuation of the source
-    assert old.credit is None
+    assert not old.credits
     pack = pack_trees([tree], chat, 10_000)[0]
     assert len(pack.ids) == sum(len(s) for s in tree.segments()) - len(old)
     assert len(pack.images) == sum(len(s.images) for s in tree.segments())
@@ -162,7 +160,7 @@ def test_neighbours_in_a_pack_do_not_change_logprobs(chat: Chat, make_model: Cal
         credit_axpo(tree)
     small = {s for tree in trees[2:] for s in tree.segments() if s.kind is Kind.POLICY}
     for segment in list(small)[::2]:
-        segment.credit = None  # trees of different sizes
+        segment.credits = ()  # trees of different sizes
     with torch.no_grad():
         alone = [pack_logprobs(model, p, chat, banned) for t in trees for p in pack_trees([t], chat, 1)]
         together = [pack_logprobs(model, p, chat, banned) for p in pack_trees(trees, chat, 10_000)]
@@ -184,7 +182,7 @@ def test_no_pack_passes_the_limit_but_for_a_tree_that_does_alone(chat: Chat) -> 
     trees = []
     for size in (97, 37, 47, 20):
         tree = RolloutTree(str(size), words(rng, 3))
-        policy(tree, tree.root, rng, size).credit = Credit(1.0, size)
+        policy(tree, tree.root, rng, size).credits = (Credit(1.0, size),)
         trees.append(tree)
     assert [len(pack.ids) for pack in pack_trees(trees, chat, token_limit=75)] == [100, 73, 40]
 
@@ -193,7 +191,7 @@ def test_what_all_prompts_begin_with_is_packed_once(chat: Chat) -> None:
     trees = []
     for prompt in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3]):
         tree = RolloutTree("q", prompt)
-        policy(tree, tree.root, np.random.default_rng(len(trees)), 2).credit = Credit(1.0, 2)
+        policy(tree, tree.root, np.random.default_rng(len(trees)), 2).credits = (Credit(1.0, 2),)
         trees.append(tree)
     (pack,) = pack_trees(trees, chat, token_limit=12)
     assert pack.ids[[0, 1, 2, 3, 6, 9]].tolist() == [1, 2, 3, 4, 5, 3]
@@ -207,7 +205,7 @@ def test_a_prompt_of_another_kind_does_not_keep_the_others_from_sharing(chat: Ch
     trees = []
     for prompt in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [9, 8, 7]):
         tree = RolloutTree("q", prompt)
-        policy(tree, tree.root, np.random.default_rng(len(trees)), 2).credit = Credit(1.0, 2)
+        policy(tree, tree.root, np.random.default_rng(len(trees)), 2).credits = (Credit(1.0, 2),)
         trees.append(tree)
     assert [len(pack.ids) for pack in pack_trees(trees, chat, token_limit=12)] == [10, 5]
 
@@ -221,7 +219,7 @@ def test_every_tree_is_packed_once_and_within_the_limit(chat: Chat, prompts: lis
     trees = []
     for number, prompt in enumerate(prompts):
         tree = RolloutTree("q", prompt)
-        policy(tree, tree.root, np.random.default_rng(number), 3).credit = Credit(1.0, 3)
+        policy(tree, tree.root, np.random.default_rng(number), 3).credits = (Credit(1.0, 3),)
         trees.append(tree)
     packs = pack_trees(trees, chat, limit)
     assert sum(len(pack.targets) for pack in packs) == 3 * len(trees)
@@ -233,7 +231,7 @@ def test_the_last_token_of_a_prompt_is_never_shared(chat: Chat) -> None:
     trees = []
     for seed in range(2):
         tree = RolloutTree("q", [1, 2, 3])
-        policy(tree, tree.root, np.random.default_rng(seed), 2).credit = Credit(1.0, 2)
+        policy(tree, tree.root, np.random.default_rng(seed), 2).credits = (Credit(1.0, 2),)
         trees.append(tree)
     (pack,) = pack_trees(trees, chat, token_limit=100)
     assert pack.ids.tolist()[:3] + pack.ids.tolist()[5:6] == [1, 2, 3, 3]
@@ -247,7 +245,7 @@ def test_targets_are_predicted_by_the_token_before_them_on_the_path(chat: Chat) 
     tree = RolloutTree("q", [1, 2])
     first = tree.append(tree.root, Kind.POLICY, [3, 4], [-0.5, -0.6])
     second = tree.append(tree.root, Kind.POLICY, [5], [-0.7])
-    first.credit, second.credit = Credit(0.25, 2), Credit(-1.0, 1)
+    first.credits, second.credits = (Credit(0.25, 2),), (Credit(-1.0, 1),)
     pack = pack_trees([tree], chat, 100)[0]
     assert pack.targets.tolist() == [3, 4, 5]
     assert pack.keep[pack.sources].tolist() == [1, 2, 1]

@@ -14,6 +14,10 @@ FIGURES: dict[str, Any] = {
     "all_wrong_no_tool": None,
     "forked": 6,
     "recovered": 3,
+    "call_tokens_positive": 0.125,
+    "one_outcome": 0.5,
+    "tool_calls": 48,
+    "tool_errors": 5,
     "void": 0,
     "generated_tokens": 6000,
     "loss": 0.1,
@@ -135,6 +139,7 @@ def test_a_terminal_shows_stage_step_time_left_and_the_figures_in_80_columns():
     assert "2/50 11:45 left in this stage" in words  # 15 s a step, 48 steps, less the 15 s since the last
     assert "accuracy 41.6% all wrong with tool 25.0% recovered prefixes 3/6" in words
     assert "tool use 63.5% all wrong without – tokens a second 600" in words
+    assert "calls rewarded 12.5% groups of 1 outcome 50.0% tool errors 5/48" in words
     assert "void rollouts 2" in words  # of the stage, not only of the last step
     assert screen.lines()[-1].endswith("axpo: 2/50 in 0:45")
 

@@ -9,13 +9,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from axpo.storage import load_trees, save_trees
-from axpo.tree import CallSpan, Credit, Image, Kind, Outcome, RolloutTree, Segment, StopReason, TreeError
+from axpo.tree import CallSpan, Credit, Image, Kind, Outcome, RolloutTree, Segment, StopReason, ToolUse, TreeError
 
+USES = st.lists(st.builds(ToolUse, st.text(max_size=3), st.none() | st.text(max_size=3)), max_size=2).map(tuple)
 IMAGES = st.lists(st.builds(Image, st.binary(max_size=8), st.tuples(*[st.integers(1, 64)] * 3), st.integers(1, 999)))
 OUTCOMES = st.builds(
-    Outcome, st.sampled_from(StopReason), st.none() | st.floats(allow_nan=False), st.text(), st.text(max_size=5)
+    Outcome,
+    st.sampled_from(StopReason),
+    st.none() | st.floats(allow_nan=False),
+    st.text(),
+    st.text(max_size=5),
+    st.text(),
+    USES,
 )
-CREDITS = st.none() | st.builds(Credit, st.floats(allow_nan=False), st.integers(0, 2**40))
+CREDITS = st.lists(st.builds(Credit, st.floats(allow_nan=False), st.integers(0, 2**40)), max_size=2).map(tuple)
 IDS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)
 
 
@@ -23,28 +30,30 @@ IDS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)
 def trees(draw: st.DrawFn) -> RolloutTree:
     tree = RolloutTree(draw(st.text()), draw(IDS), draw(IMAGES))
     for _ in range(draw(st.integers(0, 3))):
-        _grow(draw, tree, tree.root, resampled=False)
+        _grow(draw, tree, tree.root, resampled=0)
     for _ in range(draw(st.integers(0, 3))):
         forkable = [s for s in tree.segments() if s.kind is Kind.POLICY and len(s) > 1]
         if forkable:
             segment = draw(st.sampled_from(forkable))
             prefix = tree.fork(segment, draw(st.integers(1, len(segment) - 1)))
-            _grow(draw, tree, prefix, resampled=True)
+            _grow(draw, tree, prefix, resampled=1)
     for segment in tree.segments():
-        segment.credit = None if segment is tree.root else draw(CREDITS)
+        segment.credits = () if segment is tree.root else draw(CREDITS)
     return tree
 
 
-def _grow(draw: st.DrawFn, tree: RolloutTree, end: Segment, resampled: bool) -> None:
+def _grow(draw: st.DrawFn, tree: RolloutTree, end: Segment, resampled: int) -> None:
     for turn in range(draw(st.integers(1, 2))):
         if turn:
-            end = tree.append(end, Kind.OBSERVATION, draw(IDS), images=draw(IMAGES))
+            end = tree.append(end, Kind.OBSERVATION, draw(IDS), images=draw(IMAGES), uses=draw(USES))
         ids = draw(IDS)
         logprobs = draw(st.lists(st.floats(max_value=0, width=32), min_size=len(ids), max_size=len(ids)))
         calls = (
             [CallSpan(0, draw(st.sampled_from([None, 1])), len(ids))] if len(ids) > 1 and draw(st.booleans()) else []
         )
-        end = tree.append(end, Kind.POLICY, ids, logprobs, calls=calls, resampled=resampled and not turn)
+        entropies = draw(st.none() | st.just([0.5] * len(ids)))
+        number, thought = 0 if turn else resampled, draw(st.none() | st.integers(0, 3))
+        end = tree.append(end, Kind.POLICY, ids, logprobs, (), calls, number, entropies, thought)
     end.outcome = draw(OUTCOMES)
 
 
@@ -57,7 +66,8 @@ def content(tree: RolloutTree) -> list[Any]:
             segment.kind,
             (segment.ids.dtype, segment.ids.tobytes()),
             segment.logprobs if segment.logprobs is None else (segment.logprobs.dtype, segment.logprobs.tobytes()),
-            (segment.images, segment.calls, segment.resampled, segment.outcome, segment.credit),
+            (segment.images, segment.calls, segment.resampled, segment.outcome, segment.credits, segment.uses),
+            (segment.thought, None if segment.entropies is None else segment.entropies.tolist()),
         )
         for segment in tree.segments()
     ]
@@ -76,7 +86,7 @@ def small_tree() -> RolloutTree:
     tree = RolloutTree("q", [1, 2])
     rollout = tree.append(tree.root, Kind.POLICY, [3, 4], [-1.0, -2.0], calls=[CallSpan(0, 1, 2)])
     rollout.outcome = Outcome(StopReason.ANSWER, 0.0, "7", "exact")
-    tree.append(tree.fork(rollout, 1), Kind.POLICY, [5], [-3.0], resampled=True).outcome = Outcome(StopReason.VOID)
+    tree.append(tree.fork(rollout, 1), Kind.POLICY, [5], [-3.0], resampled=1).outcome = Outcome(StopReason.VOID)
     return tree
 
 
@@ -93,9 +103,16 @@ def test_one_row_a_segment_as_other_readers_see_it(tmp_path: Path):
     assert [r["kind"] for r in rows] == ["prompt", "prompt", "policy", "policy", "policy"]
     assert [r["ids"] for r in rows] == [[9], [1, 2], [3], [4], [5]]
     assert [r["logprobs"] for r in rows] == [None, None, [-1.0], [-2.0], [-3.0]]
-    assert [r["resampled"] for r in rows] == [False, False, False, False, True]
+    assert [r["resampled"] for r in rows] == [0, 0, 0, 0, 1]
     assert rows[2]["calls"] == [{"start": 0, "opened": 1, "end": 1}]
-    assert rows[3]["outcome"] == {"stop": "answer", "reward": 0.0, "answer": "7", "decided_by": "exact"}
+    assert rows[3]["outcome"] == {
+        "stop": "answer",
+        "reward": 0.0,
+        "answer": "7",
+        "decided_by": "exact",
+        "critique": "",
+        "uses": [],
+    }
 
 
 def test_a_loaded_tree_can_be_forked_and_written_to(tmp_path: Path):

@@ -96,31 +96,20 @@ def make_trainer(caller: str, questions: list[Question]) -> Maker:
 
 def policy_logprobs_of(trees: Sequence[RolloutTree]) -> list[float]:
     """The engine's log-probs of the credited tokens, in the order in which the trees are laid out."""
-    return [
-        float(p)
-        for t in trees
-        for s in t.segments()
-        if s.credit is not None and s.logprobs is not None
-        for p in s.logprobs
-    ]
+    return [float(p) for t in trees for s in t.segments() if s.credits and s.logprobs is not None for p in s.logprobs]
 
 
 def praise(trees: Sequence[RolloutTree]) -> None:
     """Give all that is credited the same advantage, so that there is something to learn."""
     for segment in (segment for tree in trees for segment in tree.segments()):
-        if segment.credit is not None:
-            segment.credit = replace(segment.credit, advantage=1.0)
+        if segment.credits:
+            segment.credits = tuple(replace(c, advantage=1.0) for c in segment.credits)
 
 
 def test_sampling_logprobs_equal_a_fresh_forward_over_the_packed_tree(make_trainer: Maker) -> None:
     trainer, model, chat = make_trainer()
 
-    async def roll() -> list[RolloutTree]:
-        groups = trainer.agent.new_groups(trainer.batch(0))
-        await trainer.roll_out(groups, 0)
-        return [tree for tree, _ in groups]
-
-    trees = asyncio.run(roll())
+    trees = asyncio.run(trainer.roll_out(0))
     segments = [s for tree in trees for s in tree.segments()]
     assert any(s.images for s in segments if s.kind is Kind.OBSERVATION)  # tool images
     assert any(is_forked(s) for s in segments)
@@ -149,12 +138,7 @@ def test_what_the_trees_share_is_prefilled_once(make_trainer: Maker) -> None:
 
     engine.generate = counting  # type: ignore[method-assign]
 
-    async def roll() -> list[RolloutTree]:
-        groups = trainer.agent.new_groups(trainer.batch(0))
-        await trainer.roll_out(groups, 0)
-        return [tree for tree, _ in groups]
-
-    trees = asyncio.run(roll())
+    trees = asyncio.run(trainer.roll_out(0))
     segments = [segment for tree in trees for segment in tree.segments()]
     assert any(map(is_forked, segments))
     given = sum(len(segment) for segment in segments if segment.kind is not Kind.POLICY)
@@ -169,10 +153,9 @@ def rolled_out(trainer: Trainer) -> tuple[list[RolloutTree], list[tuple[int, ...
     hook = trainer.model.model.language_model.register_forward_pre_hook(
         lambda _module, _args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
     )
-    groups = trainer.agent.new_groups(trainer.batch(0))
-    asyncio.run(trainer.roll_out(groups, 0))
+    trees = asyncio.run(trainer.roll_out(0))
     hook.remove()
-    return [tree for tree, _ in groups], shapes
+    return trees, shapes
 
 
 def written(trees: Sequence[RolloutTree]) -> list[list[object]]:
@@ -228,7 +211,7 @@ def test_resampling_beside_the_rollouts_resamples_what_it_would_after_them(make_
     for kind in (Allocation, Sequential):
         trainer, *_ = make_trainer("engine.max_batch=3", "engine.overlap=2", "rollout.temperature=1.3")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("axpo.trainer.Allocation", kind)
+            patch.setattr("axpo.explore.Allocation", kind)
             runs.append(written(rolled_out(trainer)[0]))
     assert runs[0] == runs[1]
     assert any(resampled for tree in runs[0] for _, resampled, _ in tree)  # type: ignore[misc]
@@ -327,6 +310,19 @@ def test_old_logprobs_of_sampling_are_taken_where_they_are_exact(make_trainer: M
     assert trainer.old_logprobs(pack, moved=True) is pack.old_logprobs
 
 
+def test_what_nobody_sampled_keeps_the_ratio_one_where_others_are_recomputed(make_trainer: Maker) -> None:
+    trainer, *_ = make_trainer("method=rltf", "train.old_logprobs=recompute")
+    trees, _ = asyncio.run(trainer.step(0))
+    praise(trees)
+    (pack, *_) = pack_trees(trees, trainer.agent.chat, 100_000)
+    unknown = pack.old_logprobs.isnan()
+    assert unknown.any()
+    old = trainer.old_logprobs(pack, moved=True)
+    assert old is not None
+    assert torch.equal(old.isnan(), unknown)
+    assert torch.equal(old[~unknown], trainer.logprobs(pack)[~unknown])
+
+
 def test_minibatches_compare_with_the_policy_from_before_the_first(
     make_trainer: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,3 +396,61 @@ def test_a_broken_gradient_is_dropped(make_trainer: Maker) -> None:
     assert np.isnan(trainer.optimizer.step())
     assert torch.equal(parameter, before)
     assert parameter.grad is None
+
+
+def test_groups_of_one_outcome_are_left_out_of_the_update(make_trainer: Maker) -> None:
+    """All calls fail, so every group is replaced as long as that is allowed, and nothing is learned."""
+    trainer, model, _ = make_trainer("method=grpo", "method.dynamic_sampling=1", "train.warmup_steps=0")
+    before = [p.detach().clone() for p in model.parameters()]
+    trees, figures = asyncio.run(trainer.step(0))
+    assert len(trees) == 3
+    assert len({tree.question_id for tree in trees}) == 3
+    assert figures["trained_tokens"] == 0
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=grpo", "method.dynamic_sampling=2"],
+        ["method=axpo", "method.adaptive_budget=1"],
+        ["method=axpo", "method.prefix_fix=false"],
+        ["method=cispo"],
+        ["method=arpo"],
+        ["method=arpo", "method.arpo_rule=code"],
+        ["method=rltf"],
+    ],
+    ids=" ".join,
+)
+def test_every_method_repeats_itself_however_long_scoring_takes(make_trainer: Maker, overrides: list[str]) -> None:
+    """Rewards differ by what was written; few places, so that groups end one after another."""
+    runs = []
+    for seed in range(2):
+        trainer, *_ = make_trainer("engine.max_batch=3", "engine.overlap=2", "rollout.temperature=1.3", *overrides)
+        naps = random.Random(seed)
+
+        def slowly(text: str, question: Question, naps: random.Random = naps) -> Verdict:
+            time.sleep(naps.choice([0, 0, 0.01, 0.1]))
+            return Verdict(float(len(text) % 2), True, "length", text)
+
+        trainer.agent = replace(trainer.agent, score=slowly)
+        trees, figures = asyncio.run(trainer.step(0))
+        runs.append((written(trees), {k: v for k, v in figures.items() if not k.endswith("seconds")}))
+        assert np.isfinite(figures["loss"])
+        assert figures["rollouts"] >= 8
+    assert runs[0] == runs[1]
+
+
+def test_twice_the_rollouts(make_trainer: Maker) -> None:
+    trainer, *_ = make_trainer("method=grpo", "method.num_rollouts=2x")
+    trees, _ = asyncio.run(trainer.step(0))
+    assert [len(tree.base_leaves()) for tree in trees] == [8, 8]
+
+
+def test_an_adaptive_budget_is_kept_from_step_to_step(make_trainer: Maker) -> None:
+    trainer, *_ = make_trainer("method.budget=0.125", "method.adaptive_budget=1")
+    _, figures = asyncio.run(trainer.step(0))
+    assert figures["forked"] == 0  # one rollout is too few for a prefix of two
+    assert trainer.kept == 1
+    _, figures = asyncio.run(trainer.step(1))
+    assert figures["forked"] == 1

@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axpo.tree import CallSpan, Credit, Image, Kind, Outcome, RolloutTree, Segment, StopReason, TreeError, scored
+from axpo.tree import (
+    CallSpan,
+    Credit,
+    Image,
+    Kind,
+    Outcome,
+    RolloutTree,
+    Segment,
+    StopReason,
+    ToolUse,
+    TreeError,
+    scored,
+)
 
 RIGHT = Outcome(StopReason.ANSWER, 1.0, "7", "exact")
 WRONG = Outcome(StopReason.ANSWER, 0.0, "8", "exact")
@@ -27,7 +39,7 @@ def two_rollouts() -> tuple[RolloutTree, Segment, Segment]:
 
 def test_rows_lay_each_rollout_flat():
     tree, call, _ = two_rollouts()
-    call.credit = Credit(0.25, 6)
+    call.credits = (Credit(0.25, 6),)
     first, second = tree.rows()
     assert first.ids.tolist() == [1, 2, 10, 11, 12, 13, 14, 20, 21, 30]
     assert first.ids.dtype == np.int64
@@ -47,7 +59,7 @@ def test_a_prompt_alone_is_no_rollout():
 
 def test_fork_splits_a_segment_and_leaves_the_old_rollout_as_it_was():
     tree, call, plain = two_rollouts()
-    call.credit = Credit(0.25, 6)
+    call.credits = (Credit(0.25, 6),)
     before = [row.ids.tolist() for row in tree.rows()]
     prefix = tree.fork(call, 2)
     (rest,) = prefix.children
@@ -57,7 +69,7 @@ def test_fork_splits_a_segment_and_leaves_the_old_rollout_as_it_was():
     assert rest.logprobs is not None
     assert (prefix.logprobs.tolist(), rest.logprobs.tolist()) == ([-1, -2], [-3, -4, -5])
     assert (prefix.calls, rest.calls) == ((CallSpan(1, 2, 2),), ())
-    assert rest.credit == prefix.credit == Credit(0.25, 6)
+    assert rest.credits == prefix.credits == (Credit(0.25, 6),)
     assert rest.parent is prefix
     assert rest.children[0].parent is rest
     assert [row.ids.tolist() for row in tree.rows()] == before
@@ -119,6 +131,8 @@ def test_append_refuses_what_makes_no_rollout():
         tree.append(call, Kind.POLICY, [1])
     with pytest.raises(TreeError, match="observation segments take no log-probs"):
         tree.append(call, Kind.OBSERVATION, [1], [-1.0])
+    with pytest.raises(TreeError, match="policy segments answer no tool calls"):
+        tree.append(call, Kind.POLICY, [1], [-1.0], uses=[ToolUse("zoom")])
     assert len(list(tree.segments())) == 5
 
 
@@ -126,7 +140,7 @@ def test_base_leaves_and_continuations():
     tree, call, plain = two_rollouts()
     old = tree.leaves()[0]
     prefix = tree.fork(call, 2)
-    new = [tree.append(prefix, Kind.POLICY, [i], [-1.0], resampled=True) for i in (50, 60)]
+    new = [tree.append(prefix, Kind.POLICY, [i], [-1.0], resampled=1) for i in (50, 60)]
     seen = tree.append(new[1], Kind.OBSERVATION, [61])
     end = tree.append(seen, Kind.POLICY, [62], [-1.0])
     assert tree.base_leaves() == [old, plain]
@@ -156,7 +170,7 @@ def test_forks_keep_every_old_rollout_and_every_token_once(forks: list[tuple[int
         index = 1 + index % (len(segment) - (not segment.children))
         prefix = tree.fork(segment, index)
         if resample:
-            tree.append(prefix, Kind.POLICY, [90, 91], [-1, -2], resampled=True).outcome = VOID
+            tree.append(prefix, Kind.POLICY, [90, 91], [-1, -2], resampled=1).outcome = VOID
             owned += 2
     base = tree.base_leaves()
     rows = [row for leaf, row in zip(tree.leaves(), tree.rows(), strict=True) if leaf in base]

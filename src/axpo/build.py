@@ -1,6 +1,6 @@
 """From a config to the parts of a run. What can be wrong is found before any weights are loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,10 +11,12 @@ from axpo.chat import Chat
 from axpo.config import MINIATURE, Config, ConfigError, Source
 from axpo.engines.base import Engine, Sampling
 from axpo.engines.local import LocalEngine
+from axpo.methods import needs_entropy
 from axpo.miniature import base
 from axpo.miniature.world import corpus, sample_problems
 from axpo.policy import load_policy
 from axpo.questions import Question, Trajectory, load_questions, load_trajectories
+from axpo.rewards.critique import critic
 from axpo.tools.base import Toolbox
 from axpo.tools.loading import load_tools
 
@@ -39,6 +41,18 @@ def load_data(config: Config) -> Data:
     if held_out is not None and config.eval.questions:
         held_out = held_out[: config.eval.questions]
     return Data(_questions(config.data.train, False, config.seed), held_out)
+
+
+def load_probes(config: Config, most: int) -> list[Question]:
+    """At most so many questions (0: all) of data.train to diagnose a policy with. Raises DataError.
+
+    Those of the miniature are like the ones that it trains on, but apart from them.
+    """
+    if not isinstance(config.data.train, Path):
+        count = most or MINIATURE_QUESTIONS
+        return [problem.question for problem in sample_problems(count, config.seed, "tuning")]
+    questions = load_questions(config.data.train)
+    return questions[:most] if most else questions
 
 
 def load_sft_data(config: Config) -> list[Trajectory]:
@@ -83,17 +97,24 @@ def load_model(config: Config) -> PreTrainedModel:
     return load_policy(model_path(config), getattr(torch, config.dtype), config.device)
 
 
-def make_engine(config: Config, model: PreTrainedModel, chat: Chat) -> LocalEngine:
-    """The engine that generates with this very model."""
+def make_engine(config: Config, model: PreTrainedModel, chat: Chat, entropies: bool = False) -> LocalEngine:
+    """The engine that generates with this very model; with entropies if they are asked for or the method needs them."""
     options = config.engine
-    return LocalEngine(model, chat, options.max_batch, options.overlap, options.kv_memory)
+    entropies = entropies or needs_entropy(config.method)
+    return LocalEngine(model, chat, options.max_batch, options.overlap, options.kv_memory, entropies)
 
 
 def training_agent(config: Config, engine: Engine, chat: Chat, toolbox: Toolbox) -> Agent:
     """Rolls out as training does."""
     rollout = config.rollout
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_tokens)
-    return Agent(engine, chat, toolbox, sampling, _limits(config))
+    criticise = critic(config.judge) if config.method.name == "rltf" else None
+    return Agent(engine, chat, toolbox, sampling, _limits(config), criticise=criticise)
+
+
+def probing_agent(config: Config, engine: Engine, chat: Chat, toolbox: Toolbox) -> Agent:
+    """Rolls out as training does; whatever the method, nobody criticises."""
+    return replace(training_agent(config, engine, chat, toolbox), criticise=None)
 
 
 def evaluation_agent(config: Config, engine: Engine, chat: Chat, toolbox: Toolbox) -> Agent:

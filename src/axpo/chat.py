@@ -150,6 +150,10 @@ class Chat:
         images = tuple(self._encode_images([data for _, many in results for data in many]))
         return self._expand(self._ids(self._after_turn(messages)), images), images
 
+    def reply(self, text: str) -> list[int]:
+        """The ids of a user's message that follow a policy turn's `<|im_end|>`, up to where the policy writes on."""
+        return self._ids(self._after_turn([self._plain({"role": "user", "content": text}, self._added_text)]))
+
     def turn(self, text: str) -> list[int]:
         """The ids of a policy turn that a teacher wrote, its `<|im_end|>` included; tags become their tokens.
 
@@ -169,14 +173,16 @@ class Chat:
             raise ChatError(f"the chat template cannot render these messages: {error}") from error
         return text
 
-    def _after_turn(self, tool_messages: Sequence[Message]) -> str:
-        """What the template writes after the `<|im_end|>` of an assistant turn that called these tools.
+    def _after_turn(self, messages: Sequence[Message]) -> str:
+        """What the template writes after the `<|im_end|>` of an assistant turn, with a call for each tool's message.
 
         The conversation is a dummy, so nothing of the real one is rendered again.
         """
         call = {"type": "function", "function": {"name": "axpo_probe", "arguments": {}}}
-        calling = {"role": "assistant", "content": _SENTINEL, "tool_calls": [call] * len(tool_messages)}
-        text = self._render([{"role": "user", "content": "?"}, calling, *tool_messages], [_PROBE_TOOL])
+        said: dict[str, Any] = {"role": "assistant", "content": _SENTINEL}
+        if calls := [call for message in messages if message["role"] == "tool"]:
+            said["tool_calls"] = calls
+        text = self._render([{"role": "user", "content": "?"}, said, *messages], [_PROBE_TOOL])
         _, found, rest = text.partition(_SENTINEL)
         _, stopped, observation = rest.partition(STOP)
         if not found or not stopped:

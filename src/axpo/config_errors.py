@@ -77,7 +77,7 @@ def _suggestion(key: str, model: type[BaseModel]) -> str:
     names = list(key_names(model))
     leaf = key.rpartition(".")[2].lower()
     same_leaf = [name for name in names if name.rpartition(".")[2] == leaf]
-    if leaf in _SYMBOLS:
+    if _SYMBOLS.get(leaf) in names:
         nearest = [_SYMBOLS[leaf]]
     elif "." not in key and same_leaf:
         nearest = same_leaf

@@ -1,46 +1,69 @@
 """Where AXPO forks: trigger, rank, budget, fork point (AXPO, arXiv 2605.28774, steps 2 to 5 of a training step).
 
-Pure functions on trees. A reward above 0 is right, all else is wrong.
+Pure functions on trees.
 """
 
+import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
-from axpo.tree import RolloutTree, Segment, scored
+from axpo.tree import Ids, Kind, RolloutTree, Segment, TreeError, scored
+
+ForkAt = Literal["first", "last", "most_uncertain", "every"]
+Rank = Literal["confidence", "random", "entropy"]
+BranchRule = Literal["published", "code"]
+BRANCH_TOKENS = 20  # of a segment, by whose entropy ARPO branches
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A rollout that may be forked: `segment` after its first `token_index` ids.
 
-    `confidence` in 0..1 is the mean probability of the tokens of its first tool call when they were sampled.
+    `confidence` in 0..1 is the mean probability of the tokens of the call (or of the answer of a rollout without one)
+    when they were sampled. Who has the least `order` is resampled first.
     """
 
     leaf: Segment
     segment: Segment
     token_index: int
     confidence: float
+    order: float
 
 
-def candidates(tree: RolloutTree) -> list[Candidate]:
-    """The rollouts of a group that are worth another try, the least confident first (ties: order of the leaves).
+def candidates(
+    tree: RolloutTree,
+    threshold: float = 0.5,
+    fork_at: ForkAt = "first",
+    rank: Rank = "confidence",
+    resample_no_tool: bool = False,
+) -> list[Candidate]:
+    """The fork points of a group that are worth another try, the most uncertain first (ties: order of the leaves).
 
-    Trigger: the tool-using rollouts of the group, void ones left out, are some and all wrong; else the list
-    is empty. Each of them is a candidate at the opening tag of its first call, unless no prefix of tokens ends
-    there or nothing follows.
+    Trigger: the tool-using rollouts of the group, void ones left out, are some and all wrong (their rewards below
+    `threshold`); else the list is empty. Of each, the turns that `fork_at` names among those that call are candidates,
+    at the opening tag of their first call, unless no prefix of tokens ends there or nothing follows. With
+    `resample_no_tool` the rollouts without a tool are, by the same trigger of their own, candidates at the end of their
+    thinking (an ablation of AXPO, section 6).
 
-    Raises TreeError for a rollout that has not ended.
+    Raises TreeError for a rollout that has not ended, and where `rank` is "entropy" for one without entropies.
     """
-    subgroup = [(leaf, reward) for leaf, reward in scored(tree.base_leaves()) if leaf.uses_tool]
-    if any(reward > 0 for _, reward in subgroup):
-        return []
-    found = [_first_call(leaf) for leaf, _ in subgroup]
-    return sorted((c for c in found if c is not None), key=lambda c: c.confidence)
+    group = scored(tree.base_leaves())
+    found: list[Candidate] = []
+    for tool in (True, False) if resample_no_tool else (True,):
+        subgroup = [(leaf, reward) for leaf, reward in group if leaf.uses_tool == tool]
+        if all(reward < threshold for _, reward in subgroup):
+            for leaf, _ in subgroup:
+                found += _calls(leaf, rank, fork_at) if tool else _answer(leaf, rank)
+    if rank == "random" and found:
+        orders = _generator(np.concatenate([leaf.ids for leaf, _ in group])).random(len(found))
+        found = [replace(c, order=float(order)) for c, order in zip(found, orders, strict=True)]
+    return sorted(found, key=lambda c: c.order)
 
 
 def prefix_budget(ratio: float, questions: int, rollouts: int, continuations: int) -> int:
@@ -59,7 +82,7 @@ def prefix_budget(ratio: float, questions: int, rollouts: int, continuations: in
 
 class _Ranked(Protocol):
     @property
-    def confidence(self) -> float: ...
+    def order(self) -> float: ...
 
 
 _R = TypeVar("_R", bound=_Ranked)
@@ -69,12 +92,12 @@ def allocate(per_tree: Sequence[Sequence[_R]], budget: int) -> list[tuple[int, _
     """Spend `budget` prefixes breadth first: (index of the tree, candidate), in order of selection.
 
     `per_tree` holds each question's candidates in their order of preference. Round j gives every question its
-    j-th before any gets its (j+1)-th; within a round the least confident comes first (ties: order of the trees).
+    j-th before any gets its (j+1)-th; within a round the least `order` comes first (ties: order of the trees).
     """
     order: list[tuple[int, _R]] = []
     for j in range(max(map(len, per_tree), default=0)):
         turn = [(index, ranked[j]) for index, ranked in enumerate(per_tree) if j < len(ranked)]
-        order += sorted(turn, key=lambda pair: pair[1].confidence)
+        order += sorted(turn, key=lambda pair: pair[1].order)
     return list(islice(order, budget))
 
 
@@ -108,7 +131,7 @@ class Allocation:
 class _Unknown:
     """What a group that is still running may turn out to hold."""
 
-    confidence: float = -1.0
+    order: float = -math.inf
 
 
 def open_prefix(tree: RolloutTree, candidate: Candidate) -> Segment:
@@ -116,11 +139,78 @@ def open_prefix(tree: RolloutTree, candidate: Candidate) -> Segment:
     return tree.fork(candidate.segment, candidate.token_index)
 
 
-def _first_call(leaf: Segment) -> Candidate | None:
-    segment = next(segment for segment in leaf.path() if segment.calls)
-    call = segment.calls[0]
-    if call.opened is None or call.opened >= len(segment):
-        return None
+def branch_points(
+    tree: RolloutTree, vocabulary: int, rule: BranchRule = "published", weight: float = 0.2, chance: float = 0.5
+) -> list[Segment]:
+    """The observations after which ARPO branches, those of earlier turns first (arXiv 2507.19849, section 3.2).
+
+    ΔH is how much a segment's entropy exceeds that of its rollout's first segment, over log |V|, each over its first 20
+    tokens. "published" takes the mean over these of the segment right after the observation, and branches where
+    0.5 + weight·ΔH is above `chance`. "code" is what the authors' program does: it takes the sum, of the segment that
+    wrote the call, before the observation, and branches where a random number U(0, 1) − weight·ΔH, clipped to 0..1, is
+    at most `chance` (its entropies are of the ten likeliest tokens; these are of all).
+
+    Raises TreeError for rollouts without entropies.
+    """
+    found: dict[Segment, int] = {}
+    measured = _sum_of_entropies if rule == "code" else _mean_entropy
+    for leaf in tree.base_leaves():
+        path = leaf.path()
+        for depth in range(2, len(path) - 1):
+            point = path[depth]
+            if point.kind is not Kind.OBSERVATION or point in found:
+                continue
+            looked_at = path[depth - 1 if rule == "code" else depth + 1]
+            rise = (measured(looked_at) - measured(path[1])) / math.log(vocabulary)
+            ids = np.concatenate([segment.ids for segment in path[: depth + 1]])
+            if rule == "code":
+                branches = min(max(_generator(ids).random() - weight * rise, 0.0), 1.0) <= chance
+            else:
+                branches = 0.5 + weight * rise > chance
+            if branches:
+                found[point] = depth
+    return sorted(found, key=lambda point: found[point])
+
+
+def _sum_of_entropies(segment: Segment) -> float:
+    if segment.entropies is None:
+        raise TreeError("a rollout has no entropies to branch by")
+    return float(segment.entropies[:BRANCH_TOKENS].astype(np.float64).sum())
+
+
+def _mean_entropy(segment: Segment) -> float:
+    return _sum_of_entropies(segment) / min(len(segment), BRANCH_TOKENS)
+
+
+def _generator(ids: Ids) -> np.random.Generator:
+    """Random numbers that these ids decide: a tree alone decides what is made of it."""
+    return np.random.default_rng(int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "big"))
+
+
+def _calls(leaf: Segment, rank: Rank, fork_at: ForkAt) -> list[Candidate]:
+    calls = [(segment, segment.calls[0]) for segment in leaf.path() if segment.calls]
+    if fork_at in ("first", "last"):
+        calls = calls[:1] if fork_at == "first" else calls[-1:]
+    found = [
+        _candidate(leaf, segment, call.opened, slice(call.start, call.end), rank)
+        for segment, call in calls
+        if call.opened is not None and call.opened < len(segment)
+    ]
+    return sorted(found, key=lambda c: c.order)[:1] if fork_at == "most_uncertain" else found
+
+
+def _answer(leaf: Segment, rank: Rank) -> list[Candidate]:
+    segment = leaf.path()[1]
+    if segment.thought is None or not 0 < segment.thought < len(segment):
+        return []
+    return [_candidate(leaf, segment, segment.thought, slice(segment.thought, None), rank)]
+
+
+def _candidate(leaf: Segment, segment: Segment, index: int, tokens: slice, rank: Rank) -> Candidate:
     assert segment.logprobs is not None
-    probabilities = np.exp(segment.logprobs[call.start : call.end].astype(np.float64))
-    return Candidate(leaf, segment, call.opened, float(probabilities.mean()))
+    confidence = float(np.exp(segment.logprobs[tokens].astype(np.float64)).mean())
+    if rank != "entropy":
+        return Candidate(leaf, segment, index, confidence, confidence)
+    if segment.entropies is None:
+        raise TreeError("a rollout has no entropies to rank it by")
+    return Candidate(leaf, segment, index, confidence, -float(segment.entropies[tokens].astype(np.float64).mean()))

@@ -45,6 +45,18 @@ def token_weights(
     return torch.full_like(stream_tokens, total_tokens).reciprocal()
 
 
+def cispo_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 1.0, clip_high: float = 0.4
+) -> Tensor:
+    """sg(clip(ρ, 1−ε_low, 1+ε_high))·A·log π for each token, (n,): to be maximised.
+
+    Source: MiniMax-M1, arXiv 2506.13585, eq. 4.
+    The clipped ratio ρ is a weight without a gradient, so that no token's gradient is dropped.
+    """
+    ratio = (logprobs - old_logprobs).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT).exp()
+    return ratio.clamp(1 - clip_low, 1 + clip_high).detach() * advantages * logprobs
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -55,13 +67,17 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.4,
     kl: float = 1e-3,
+    surrogate: Literal["clipped", "cispo"] = "clipped",
 ) -> Tensor:
     """−Σᵢ wᵢ (surrogateᵢ − β·KLᵢ), a scalar to be minimised (eqs. 5 and 6), β being `kl`.
 
-    All tensors are (n,) over trained tokens; `weights` come from `token_weights`. Parts of a step add up to the
-    whole of it. Without a reference there is no KL term.
+    All tensors are (n,) over trained tokens; `weights` come from `token_weights`. A token whose old log-prob is NaN was
+    not sampled after its path: its ratio is 1. Parts of a step add up to the whole of it. Without a reference there is
+    no KL term.
     """
-    objective = clipped_surrogate(logprobs, old_logprobs, advantages, clip_low, clip_high)
+    old_logprobs = torch.where(old_logprobs.isnan(), logprobs.detach(), old_logprobs)
+    kind = clipped_surrogate if surrogate == "clipped" else cispo_surrogate
+    objective = kind(logprobs, old_logprobs, advantages, clip_low, clip_high)
     if reference_logprobs is not None:
         objective = objective - kl * kl_k3(logprobs, reference_logprobs)
     return -(weights * objective).sum()

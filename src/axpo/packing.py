@@ -23,7 +23,7 @@ from axpo.tree import Image, RolloutTree, Segment
 
 @dataclass(frozen=True)
 class Pack:
-    """L tokens of some trees, and the n trained tokens among them."""
+    """L tokens of some trees, and the n trained tokens among them: a token that several streams hold counts in each."""
 
     ids: Tensor  # (L,)
     positions: Tensor  # (3, L)
@@ -32,7 +32,7 @@ class Pack:
     keep: Tensor  # (m,) the tokens whose next-token distribution is needed
     sources: Tensor  # (n,) which of the m kept distributions predicts the trained token
     targets: Tensor  # (n,) the trained tokens
-    old_logprobs: Tensor  # (n,) under the sampling distribution
+    old_logprobs: Tensor  # (n,) under the sampling distribution, NaN where that is not known
     advantages: Tensor  # (n,)
     stream_tokens: Tensor  # (n,) length of the stream that the token is averaged in
 
@@ -61,7 +61,7 @@ def pack_trees(trees: Sequence[RolloutTree], chat: Chat, token_limit: int) -> li
     Segments with no credit in or below them (a source's failed continuation, void rollouts) are left out. A
     tree larger than the limit makes a pack of its own.
     """
-    flat = [_flatten(tree, chat) for tree in trees if any(s.credit for s in tree.segments())]
+    flat = [_flatten(tree, chat) for tree in trees if any(s.credits for s in tree.segments())]
     bins: list[_Bin] = []
     for item in sorted(flat, key=lambda f: -len(f.ids)):
         sizes = [(part.size, part.size_with(item)) for part in bins]
@@ -119,9 +119,9 @@ def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
         positions.append(spread)
     for segment in reversed(order):
         ends[segment] = max([starts[segment] + len(segment), *(ends[c] for c in segment.children if c in ends)])
-    trained = [s for s in order if s.credit is not None]
+    learns = [(s, credit) for s in order for credit in s.credits]
     sources, targets = [], []
-    for segment in trained:
+    for segment, _ in learns:
         assert segment.parent is not None
         inside = np.arange(starts[segment], starts[segment] + len(segment))
         before = inside - 1
@@ -138,14 +138,14 @@ def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
         images=tuple(image for s in order for image in s.images),
         sources=np.concatenate(sources),
         trained=np.concatenate(targets),
-        old_logprobs=np.concatenate([s.logprobs for s in trained if s.logprobs is not None]),
-        advantages=np.concatenate([np.full(len(s), s.credit.advantage) for s in trained if s.credit]),
-        stream_tokens=np.concatenate([np.full(len(s), float(s.credit.stream_tokens)) for s in trained if s.credit]),
+        old_logprobs=np.concatenate([s.logprobs for s, _ in learns if s.logprobs is not None]),
+        advantages=np.concatenate([np.full(len(s), credit.advantage) for s, credit in learns]),
+        stream_tokens=np.concatenate([np.full(len(s), float(credit.stream_tokens)) for s, credit in learns]),
     )
 
 
 def _needed(segment: Segment) -> bool:
-    return segment.credit is not None or any(_needed(child) for child in segment.children)
+    return bool(segment.credits) or any(_needed(child) for child in segment.children)
 
 
 def _join(part: _Bin) -> Pack:

@@ -170,6 +170,9 @@ def _reinforcement_figures(stage: _Stage) -> Table:
     recovered = f"{figures['recovered']}/{figures['forked']}"
     table.add_row("accuracy", accuracy, "  all wrong with tool", wrong_tool, "  recovered prefixes", recovered)
     table.add_row("tool use", tool_use, "  all wrong without", wrong_no_tool, "  tokens a second", _rate(figures))
+    rewarded, same = _percent(figures["call_tokens_positive"]), _percent(figures["one_outcome"])
+    errors = f"{figures['tool_errors']}/{figures['tool_calls']}"
+    table.add_row("calls rewarded", rewarded, "  groups of 1 outcome", same, "  tool errors", errors)
     if stage.void:
         table.add_row("", "", "", "", "  void rollouts", str(stage.void))
     return table

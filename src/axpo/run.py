@@ -40,11 +40,11 @@ class Run:
         """Write trees/NAME.parquet."""
         save_trees(self.folder / "trees" / f"{name}.parquet", trees)
 
-    def save_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json."""
-        beside = self.folder / "summary.json.tmp"
+    def save_summary(self, summary: Mapping[str, Any], name: str = "summary") -> None:
+        """Write NAME.json."""
+        beside = self.folder / f"{name}.json.tmp"
         beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        beside.replace(self.folder / "summary.json")
+        beside.replace(self.folder / f"{name}.json")
 
     def save_checkpoint(self, model: PreTrainedModel, chat: Chat, name: str = "checkpoint") -> Path:
         """Write a folder that `from_pretrained` opens: weights, tokenizer with its template, image processor."""

@@ -35,11 +35,11 @@ def trajectory_tree(trajectory: Trajectory, chat: Chat, tools: Sequence[dict[str
 def imitate(tree: RolloutTree, leaves: Sequence[Segment]) -> RolloutTree:
     """Credit the policy tokens of these rollouts, so that packing trains them and nothing else; returns the tree."""
     for segment in tree.segments():
-        segment.credit = None
+        segment.credits = ()
     for leaf in leaves:
         policy = [segment for segment in leaf.path() if segment.kind is Kind.POLICY]
         for segment in policy:
-            segment.credit = Credit(1.0, sum(map(len, policy)))
+            segment.credits = (Credit(1.0, sum(map(len, policy))),)
     return tree
 
 

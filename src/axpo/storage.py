@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from axpo.tree import CallSpan, Credit, Image, Kind, Outcome, RolloutTree, Segment, StopReason, TreeError
+from axpo.tree import CallSpan, Credit, Image, Kind, Outcome, RolloutTree, Segment, StopReason, ToolUse, TreeError
 
+_USES = pa.list_(pa.struct([("name", pa.string()), ("fault", pa.string())]))
 _SCHEMA = pa.schema(
     [
         ("question_id", pa.string()),
@@ -30,16 +31,29 @@ _SCHEMA = pa.schema(
             pa.list_(pa.struct([("data", pa.binary()), ("grid", pa.list_(pa.int32())), ("tokens", pa.int32())])),
         ),
         ("calls", pa.list_(pa.struct([("start", pa.int32()), ("opened", pa.int32()), ("end", pa.int32())]))),
-        ("resampled", pa.bool_()),
+        ("resampled", pa.int32()),
         (
             "outcome",
             pa.struct(
-                [("stop", pa.string()), ("reward", pa.float64()), ("answer", pa.string()), ("decided_by", pa.string())]
+                [
+                    ("stop", pa.string()),
+                    ("reward", pa.float64()),
+                    ("answer", pa.string()),
+                    ("decided_by", pa.string()),
+                    ("critique", pa.string()),
+                    ("uses", _USES),
+                ]
             ),
         ),
-        ("credit", pa.struct([("advantage", pa.float64()), ("stream_tokens", pa.int64())])),
+        ("credits", pa.list_(pa.struct([("advantage", pa.float64()), ("stream_tokens", pa.int64())]))),
+        ("entropies", pa.list_(pa.float32())),  # null where they were not asked for
+        ("thought", pa.int32()),
+        ("uses", _USES),
     ]
 )
+
+
+_ARRAYS = ["ids", "logprobs", "entropies"]
 
 
 def save_trees(path: str | Path, trees: Sequence[RolloutTree]) -> None:
@@ -86,8 +100,8 @@ def _read(file: Any) -> list[RolloutTree]:
     segments: list[Segment] = []
     for group in range(file.num_row_groups):
         table = file.read_row_group(group)
-        for index, row in enumerate(table.drop_columns(["ids", "logprobs"]).to_pylist()):
-            row["ids"], row["logprobs"] = _array(table["ids"][index]), _array(table["logprobs"][index])
+        for index, row in enumerate(table.drop_columns(_ARRAYS).to_pylist()):
+            row |= {name: _array(table[name][index]) for name in _ARRAYS}
             if row["parent"] is None:
                 trees.append(RolloutTree(row["question_id"], row["ids"], _images(row)))
                 segments = [trees[-1].root]
@@ -111,7 +125,10 @@ def _rows(tree: RolloutTree, index: int) -> list[dict[str, Any]]:
             "calls": [asdict(call) for call in segment.calls],
             "resampled": segment.resampled,
             "outcome": segment.outcome and asdict(segment.outcome),
-            "credit": segment.credit and asdict(segment.credit),
+            "credits": [asdict(credit) for credit in segment.credits],
+            "entropies": segment.entropies,
+            "thought": segment.thought,
+            "uses": [asdict(use) for use in segment.uses],
         }
         for segment in tree.segments()
     ]
@@ -126,15 +143,23 @@ def _append(tree: RolloutTree, segments: Sequence[Segment], row: dict[str, Any])
         _images(row),
         [CallSpan(**call) for call in row["calls"]],
         row["resampled"],
+        row["entropies"],
+        row["thought"],
+        _uses(row),
     )
     if row["outcome"]:
-        segment.outcome = Outcome(**row["outcome"] | {"stop": StopReason(row["outcome"]["stop"])})
-    segment.credit = Credit(**row["credit"]) if row["credit"] else None
+        outcome = row["outcome"]
+        segment.outcome = Outcome(**outcome | {"stop": StopReason(outcome["stop"]), "uses": _uses(outcome)})
+    segment.credits = tuple(Credit(**credit) for credit in row["credits"])
     return segment
 
 
 def _images(row: dict[str, Any]) -> list[Image]:
     return [Image(image["data"], tuple(image["grid"]), image["tokens"]) for image in row["images"]]
+
+
+def _uses(row: dict[str, Any]) -> tuple[ToolUse, ...]:
+    return tuple(ToolUse(**use) for use in row["uses"])
 
 
 def _array(cell: Any) -> Any:

@@ -1,22 +1,21 @@
 """Training by reinforcement: roll out, fork, credit, pack, step."""
 
-import asyncio
 import copy
 import time
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from axpo.agent import Agent, Group
+from axpo.agent import Agent
 from axpo.config import Config
-from axpo.diagnostics.gap import measure
-from axpo.fork import Allocation, open_prefix, prefix_budget
-from axpo.loss import kl_k3, token_weights
-from axpo.methods import method
+from axpo.credit import one_outcome
+from axpo.diagnostics.gap import Figures, measure
+from axpo.drawing import Drawing
+from axpo.loss import kl_k3, policy_loss, token_weights
+from axpo.methods import METHODS
 from axpo.optimizer import Optimizer
 from axpo.packing import Pack, PackInputs, forward_logprobs, pack_logprobs, pack_trees
 from axpo.policy import banned_tokens, update_forward
@@ -24,8 +23,6 @@ from axpo.questions import Question
 from axpo.tree import RolloutTree
 
 TRAINING = 0  # keeps its random numbers apart from those of evaluation
-
-Figures = dict[str, float | int | None]
 
 
 class Trainer:
@@ -38,7 +35,8 @@ class Trainer:
         self.config = config
         self.agent = agent
         self.questions = questions
-        self.method = method(config.method.name)
+        self.method = METHODS[config.method.name]
+        self.kept = 0  # rollouts that an adaptive budget has left over
         self.model = model
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if config.method.kl > 0 else None
         self.banned = banned_tokens(agent.chat, self.model)
@@ -50,18 +48,26 @@ class Trainer:
     async def step(self, number: int) -> tuple[list[RolloutTree], Figures]:
         """One training step (AXPO.md, section 3); `number` counts from 0. Returns its trees and its figures."""
         started = time.perf_counter()
-        groups = self.agent.new_groups(self.batch(number))
-        trees = [tree for tree, _ in groups]
-        await self.roll_out(groups, number)
+        trees = await self.roll_out(number)
         self.agent.engine.sleep()
         rolled_out = time.perf_counter()
         for tree in trees:
-            self.method.credit(tree, self.config.method.deviation)
+            self.method.credit(tree, self.config.method)
         figures = self.update(trees)
         self.agent.engine.update_weights()
         ended = time.perf_counter()
         seconds = {"rollout_seconds": rolled_out - started, "update_seconds": ended - rolled_out}
-        return trees, {"step": number + 1, **measure(trees), **figures, **seconds}
+        return trees, {"step": number + 1, **measure(trees, self.config.method.threshold), **figures, **seconds}
+
+    async def roll_out(self, number: int) -> list[RolloutTree]:
+        """The trees of a step: N rollouts of every question, and what the method makes of them."""
+        spare = self.spare(number) if self.config.method.dynamic_sampling else []
+        seed = (TRAINING, self.config.seed, number)
+        drawing = Drawing(self.agent, self.batch(number), self.config.group_size, seed, spare, self.kept)
+        self.method.explore(drawing, self.config.method)
+        await drawing.ended()
+        self.kept = drawing.kept
+        return drawing.trees
 
     def batch(self, number: int) -> list[Question]:
         """The questions of a step: each epoch goes through all of them once, in an order of its own."""
@@ -72,44 +78,16 @@ class Trainer:
         }
         return [self.questions[orders[p // total][p % total]] for p in places]
 
-    async def roll_out(self, groups: Sequence[Group], number: int) -> None:
-        """N rollouts of every question, and K continuations of each failed call that the budget allows.
-
-        A call is resampled as soon as its group is scored and nothing can keep it out of the budget any more.
-        """
-        method, count, more = self.method, self.config.rollout.rollouts, self.config.method.continuations
-        seed = (TRAINING, self.config.seed, number)
-        budget = prefix_budget(self.config.method.budget, len(groups), count, more)
-        allocation = Allocation(len(groups), budget, most=count)
-        resampling: list[asyncio.Future[list[None]]] = []
-
-        def resample(scored: int) -> None:
-            assert method.candidates is not None
-            for index, turn, candidate in allocation.ended(scored, method.candidates(groups[scored][0])):
-                prefix = open_prefix(groups[index][0], candidate)
-                keys = range(count + turn * more, count + (turn + 1) * more)
-                resampling.append(self.agent.begin(groups[index], prefix, keys, (*seed, index)))
-
-        rollouts = [
-            self.agent.begin(
-                group,
-                group[0].root,
-                range(count),
-                (*seed, index),
-                then=None if method.candidates is None else partial(resample, index),
-            )
-            for index, group in enumerate(groups)
-        ]
-        try:
-            await asyncio.gather(*rollouts)
-            await asyncio.gather(*resampling)
-        except BaseException:
-            for begun in [*rollouts, *resampling]:
-                begun.cancel()
-            raise
+    def spare(self, number: int) -> list[Question]:
+        """Questions in place of those of the step whose groups teach nothing: any others, in an order of the step's."""
+        taken = {question.id for question in self.batch(number)}
+        order = np.random.default_rng([self.config.seed, TRAINING, number]).permutation(len(self.questions))
+        return [self.questions[i] for i in order if self.questions[i].id not in taken]
 
     def update(self, trees: Sequence[RolloutTree]) -> Figures:
         """One optimizer step for each minibatch of questions (eq. 5)."""
+        if self.config.method.dynamic_sampling:
+            trees = [tree for tree in trees if not one_outcome(tree)]
         size = -(-len(trees) // self.config.train.minibatches)
         parts = [trees[start : start + size] for start in range(0, len(trees), max(1, size))]
         packs = [pack_trees(part, self.agent.chat, self.config.train.pack_tokens) for part in parts]
@@ -119,7 +97,7 @@ class Trainer:
         for questions, part, fixed in zip(parts, packs, known, strict=True):
             if not part:
                 continue
-            rollouts = len(questions) * self.config.rollout.rollouts
+            rollouts = len(questions) * self.config.group_size
             total = sum(len(pack.targets) for pack in part)
             for pack, old in zip(part, fixed, strict=True):
                 loss, divergence = self.loss(pack, old, rollouts, total)
@@ -143,7 +121,11 @@ class Trainer:
         """
         if self.config.train.old_logprobs == "auto" and self.config.sampling_is_exact:
             return pack.old_logprobs
-        return self.logprobs(pack) if moved else None
+        if not moved:
+            return None
+        known = ~pack.old_logprobs.isnan()  # what was not sampled after its path keeps the ratio 1
+        logprobs = self.logprobs(pack)
+        return torch.where(known.to(logprobs.device), logprobs, torch.nan)
 
     @torch.no_grad()
     def logprobs(self, pack: Pack) -> Tensor:
@@ -163,7 +145,7 @@ class Trainer:
             logprobs = forward_logprobs(self.model, inputs, self.banned, temperature)
         old, advantages = (logprobs.detach() if old is None else old.to(logprobs)), pack.advantages.to(logprobs)
         weights = token_weights(pack.stream_tokens.to(logprobs), rollouts, total_tokens, options.aggregation)
-        loss = self.method.loss(
+        loss = policy_loss(
             logprobs,
             old,
             reference,
@@ -172,6 +154,7 @@ class Trainer:
             clip_low=options.clip_low,
             clip_high=options.clip_high,
             kl=options.kl,
+            surrogate=self.method.loss,
         )
         divergence = 0.0 if reference is None else kl_k3(logprobs.detach(), reference).mean().item()
         return loss, divergence

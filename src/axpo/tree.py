@@ -15,6 +15,8 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
+SYSTEM_FAULT = "system"  # what `ToolUse.fault` says of a call that the policy did nothing wrong in
+
 
 class TreeError(ValueError):
     """A rollout tree was asked for something that would make it inconsistent."""
@@ -70,6 +72,17 @@ class CallSpan:
 
 
 @dataclass(frozen=True)
+class ToolUse:
+    """A call that was run: the tool, "" where it names none that is offered, and what went wrong, None for nothing.
+
+    `fault` is one of `axpo.tools.base.Fault`, or `SYSTEM_FAULT`.
+    """
+
+    name: str
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How a rollout ended. `reward` is None where it was not decided: such a rollout is void."""
 
@@ -77,6 +90,8 @@ class Outcome:
     reward: float | None = None
     answer: str = ""
     decided_by: str = ""  # the rule that decided, or the reason why the rollout is void
+    critique: str = ""  # what a second attempt is told (rltf)
+    uses: tuple[ToolUse, ...] = ()  # calls whose results no segment holds, as the rollout ended with them
 
     @property
     def void(self) -> bool:
@@ -85,7 +100,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Credit:
-    """A segment's share in the loss: its advantage, and the trained tokens of its whole stream.
+    """A segment's share in one term of the loss: its advantage, and the trained tokens of its whole stream.
 
     A stream is what one term of eq. 5 averages over: a rollout, a source prefix or a continuation.
     """
@@ -96,16 +111,25 @@ class Credit:
 
 @dataclass(eq=False)
 class Segment:
-    """A run of tokens with one author. `logprobs` (policy only) are under the sampling distribution."""
+    """A run of tokens with one author.
+
+    `logprobs` (policy only) are under the sampling distribution; NaN where the tokens were not sampled after this
+    path. `entropies` (policy only, where they were asked for) are those of the distributions that the tokens were
+    drawn from, in nats. `thought` is the index just past the thinking, None where it does not end in this segment.
+    `uses` (observations only) are the calls that it answers, in order.
+    """
 
     kind: Kind
     ids: Ids
     logprobs: Floats | None = None
     images: tuple[Image, ...] = ()
     calls: tuple[CallSpan, ...] = ()
-    resampled: bool = False  # the first segment of a continuation drawn after a fork
+    resampled: int = 0  # 1, 2, …: here begins a continuation of the tree's first, second, … resampling
     outcome: Outcome | None = None
-    credit: Credit | None = None
+    credits: tuple[Credit, ...] = ()  # one for each stream that holds the segment
+    entropies: Floats | None = None
+    thought: int | None = None
+    uses: tuple[ToolUse, ...] = ()
     parent: "Segment | None" = field(default=None, repr=False)
     children: "list[Segment]" = field(default_factory=list, repr=False)
 
@@ -159,11 +183,15 @@ class RolloutTree:
         logprobs: Sequence[float] | Floats | None = None,
         images: Sequence[Image] = (),
         calls: Sequence[CallSpan] = (),
-        resampled: bool = False,
+        resampled: int = 0,
+        entropies: Sequence[float] | Floats | None = None,
+        thought: int | None = None,
+        uses: Sequence[ToolUse] = (),
     ) -> Segment:
         """Add a segment below `parent` and return it.
 
-        Raises TreeError if the parent has ended, or if log-probs are missing, superfluous or of another length.
+        Raises TreeError if the parent has ended, if log-probs are missing, superfluous or of another length, for
+        entropies of another length, and for `uses` of what is no observation.
         """
         if parent.outcome is not None:
             raise TreeError("cannot append to a rollout that has ended")
@@ -173,6 +201,10 @@ class RolloutTree:
             raise TreeError(f"{kind} segments {'need' if kind is Kind.POLICY else 'take no'} log-probs")
         if logprobs is not None and len(logprobs) != len(ids):
             raise TreeError(f"{len(ids)} ids but {len(logprobs)} log-probs")
+        if entropies is not None and len(entropies) != len(ids):
+            raise TreeError(f"{len(ids)} ids but {len(entropies)} entropies")
+        if uses and kind is not Kind.OBSERVATION:
+            raise TreeError(f"{kind} segments answer no tool calls")
         segment = Segment(
             kind,
             np.asarray(ids, dtype=np.int64),
@@ -180,6 +212,9 @@ class RolloutTree:
             tuple(images),
             tuple(calls),
             resampled,
+            entropies=None if entropies is None else np.asarray(entropies, dtype=np.float32),
+            thought=thought,
+            uses=tuple(uses),
             parent=parent,
         )
         parent.children.append(segment)
@@ -205,13 +240,16 @@ class RolloutTree:
                 raise TreeError("nothing follows the fork point")
             return segment
         assert segment.logprobs is not None
+        later = segment.thought is not None and segment.thought > token_index
         rest = Segment(
             Kind.POLICY,
             segment.ids[token_index:],
             segment.logprobs[token_index:],
             calls=tuple(call.shifted(-token_index) for call in segment.calls if call.start >= token_index),
             outcome=segment.outcome,
-            credit=segment.credit,
+            credits=segment.credits,
+            entropies=None if segment.entropies is None else segment.entropies[token_index:],
+            thought=segment.thought - token_index if segment.thought is not None and later else None,
             parent=segment,
             children=segment.children,
         )
@@ -219,6 +257,8 @@ class RolloutTree:
             child.parent = rest
         segment.ids = segment.ids[:token_index]
         segment.logprobs = segment.logprobs[:token_index]
+        segment.entropies = None if segment.entropies is None else segment.entropies[:token_index]
+        segment.thought = None if later else segment.thought
         segment.calls = tuple(_cut(call, token_index) for call in segment.calls if call.start < token_index)
         segment.outcome = None
         segment.children = [rest]
@@ -242,9 +282,17 @@ class RolloutTree:
 
     def continuations(self, prefix: Segment) -> list[Segment]:
         """The ends of the continuations drawn after `prefix`, in the order of `leaves`."""
+        return [leaf for group in self.resamplings(prefix).values() for leaf in group]
+
+    def resamplings(self, prefix: Segment) -> "dict[int, list[Segment]]":
+        """The same, apart for each resampling that began at `prefix`, by its number, in order."""
         depth = len(prefix.path())
-        below = [leaf for leaf in self.leaves() if prefix in leaf.path()[:-1]]
-        return [leaf for leaf in below if leaf.path()[depth].resampled]
+        groups: dict[int, list[Segment]] = {}
+        for leaf in self.leaves():
+            path = leaf.path()
+            if len(path) > depth and path[depth - 1] is prefix and path[depth].resampled:
+                groups.setdefault(path[depth].resampled, []).append(leaf)
+        return dict(sorted(groups.items()))
 
     def rows(self) -> list[Row]:
         """Every rollout laid flat, in the order of `leaves`. Shared tokens are repeated in each row."""
@@ -280,7 +328,7 @@ def _row(leaf: Segment) -> Row:
         ids=np.concatenate([s.ids for s in path]),
         trained=np.concatenate([np.full(len(s), s.kind is Kind.POLICY) for s in path]),
         logprobs=spread([np.zeros(len(s), np.float32) if s.logprobs is None else s.logprobs for s in path]),
-        advantages=spread([np.full(len(s), s.credit.advantage if s.credit else 0.0, np.float32) for s in path]),
+        advantages=spread([np.full(len(s), s.credits[0].advantage if s.credits else 0.0, np.float32) for s in path]),
         images=tuple(image for s in path for image in s.images),
         outcome=leaf.outcome,
     )

@@ -1,5 +1,6 @@
 """The stages that the commands are made of: fine-tune, train, evaluate."""
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from axpo import build
 from axpo.chat import Chat
 from axpo.config import Config
+from axpo.diagnostics.alarms import Alarms, AlarmStop
 from axpo.engines.base import Engine
 from axpo.evaluation.runner import evaluate, summarise
 from axpo.questions import Question
@@ -17,6 +19,8 @@ from axpo.sft import sft_steps
 from axpo.tools.base import Toolbox
 from axpo.trainer import Trainer
 from axpo.tree import RolloutTree
+
+logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -39,12 +43,15 @@ async def run_training(
     """Train by reinforcement and evaluate; returns the last evaluation.
 
     Trees and figures are written with every step, a checkpoint every `train.save_every` steps and at the end,
-    also where the run is interrupted.
+    also where the run is interrupted. An alarm that begins is logged as a warning.
+
+    Raises AlarmStop at the first alarm, the checkpoint being saved, where `alarms.stop` says so.
     """
     assert data.train is not None
     engine = build.make_engine(config, model, chat)
     trainer = Trainer(config, build.training_agent(config, engine, chat, toolbox), model, data.train)
     summary: dict[str, Any] = {}
+    alarms = Alarms(config.alarms, bool(config.tools.names))
     progress.stage(config.method.name, config.train.steps)
     try:
         for number in range(config.train.steps):
@@ -52,8 +59,15 @@ async def run_training(
             trees, figures = await trainer.step(number)
             run.save_trees(f"step_{number + 1:05d}", trees)
             figures["seconds"] = time.perf_counter() - started
-            run.log({"stage": config.method.name, **figures})
+            on = alarms.step(figures)
+            run.log({"stage": config.method.name, **figures, "alarms": [alarm.name for alarm in on]})
             progress.step(figures)
+            for alarm in on:
+                if alarm.begun:
+                    logger.warning("step %d: %s", number + 1, alarm.message)
+            if on and config.alarms.stop:
+                names = ", ".join(alarm.name for alarm in on)
+                raise AlarmStop(f"stopped after step {number + 1} by alarms.stop ({names})")
             done = number + 1
             if config.train.save_every and done % config.train.save_every == 0 and done < config.train.steps:
                 run.save_checkpoint(model, chat)
@@ -83,7 +97,7 @@ async def run_evaluation(
     samples = config.eval.samples
     started = time.perf_counter()
     groups = await evaluate(agent, questions, samples, config.seed, lambda: progress.step({}))
-    summary = summarise(groups, samples)
+    summary = summarise(groups, samples, config.method.threshold)
     run.save_trees(f"eval_{name}", [tree for tree, _ in groups])
     run.log({"stage": "eval", "of": name, **summary, "seconds": time.perf_counter() - started})
     return summary

@@ -146,7 +146,7 @@ def test_another_prompt_copies_what_it_shares() -> None:
 
 
 def test_over_the_limit_the_least_recently_used_goes() -> None:
-    driver = Driver(6 * 64)
+    driver = Driver(8 * 64)
     for first in (10, 20, 30, 40):
         driver.add([first] * 20)
         driver.decode([1])
@@ -155,6 +155,26 @@ def test_over_the_limit_the_least_recently_used_goes() -> None:
     assert held == [20, 30, 40]
     driver.add([10] * 20)  # computed again
     assert driver.computed == 5 * 19
+
+
+def test_a_full_cache_is_seldom_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for 20 trunks and tails; 100 more come one after another, and each time that it is full a quarter goes."""
+    resizes: list[tuple[int, int]] = []
+    resize = Rows.resize
+
+    def counting(rows: Rows, count: int, columns: int) -> None:
+        if (count, columns) != rows.paths.shape:
+            resizes.append((count, columns))
+        resize(rows, count, columns)
+
+    monkeypatch.setattr(Rows, "resize", counting)
+    driver = Driver(40 * 64)
+    for first in range(10, 120):
+        driver.add([first] * 20)
+        driver.decode([1])
+        driver.release(0)
+        assert sum(rows.count * rows.columns for _, rows in both(driver.cache)) <= 40 * 64
+    assert len(resizes) < 80
 
 
 def test_paths_in_flight_are_never_dropped() -> None:

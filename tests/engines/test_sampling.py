@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axpo.engines.base import Sampling
-from axpo.engines.sampling import check_sampling, sample
+from axpo.engines.sampling import check_sampling, entropy, sample
 
 NONE = torch.tensor([], dtype=torch.long)
 # Probabilities 0.1, 0.4, 0.2, 0.3 for the ids 0, 1, 2, 3.
@@ -30,7 +30,7 @@ LOGITS = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
 def test_distribution_golden(rules: Sampling, distribution: list[float]) -> None:
     """Uniform numbers spread evenly over [0, 1) hit each id as often as it is probable, in id order."""
     points = [(n + 0.5) / 3000 for n in range(3000)]
-    ids, logprobs = sample(LOGITS.expand(3000, 4), [rules] * 3000, points, NONE)
+    ids, logprobs, _ = sample(LOGITS.expand(3000, 4), [rules] * 3000, points, NONE)
     assert ids.tolist() == sorted(ids.tolist())
     for i, probability in enumerate(distribution):
         assert (ids == i).float().mean().item() == pytest.approx(probability, abs=1 / 1500)
@@ -43,7 +43,7 @@ def test_banned_ids_are_never_drawn() -> None:
     logits = torch.tensor([[5.0, 0.0, 5.0, 0.0, 5.0]])
     banned = torch.tensor([0, 2, 4])
     for rules in (Sampling(), Sampling(top_k=4), Sampling(top_p=0.99), Sampling(temperature=0)):
-        ids, logprobs = sample(logits.expand(4, 5), [rules] * 4, [0.0, 0.49, 0.51, 1 - 2**-53], banned)
+        ids, logprobs, _ = sample(logits.expand(4, 5), [rules] * 4, [0.0, 0.49, 0.51, 1 - 2**-53], banned)
         assert set(ids.tolist()) <= {1, 3}
         assert logprobs.isfinite().all()
 
@@ -60,7 +60,7 @@ rows = st.tuples(
 def test_a_row_does_not_depend_on_the_others(batch: list[tuple[list[float], Sampling, float]]) -> None:
     def draw(some: list[tuple[list[float], Sampling, float]]) -> tuple[list[int], list[float]]:
         logits, rules, points = zip(*some, strict=True)
-        ids, logprobs = sample(torch.tensor(logits), rules, points, torch.tensor([5]))
+        ids, logprobs, _ = sample(torch.tensor(logits), rules, points, torch.tensor([5]))
         return ids.tolist(), logprobs.tolist()
 
     alone = [draw([row]) for row in batch]
@@ -81,3 +81,8 @@ def test_a_row_does_not_depend_on_the_others(batch: list[tuple[list[float], Samp
 def test_impossible_rules(rules: Sampling, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_sampling(rules)
+
+
+def test_entropy_by_hand():
+    logprobs = torch.tensor([[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0]]).log()
+    assert entropy(logprobs).tolist() == pytest.approx([1.5 * math.log(2), 0.0])

@@ -87,7 +87,7 @@ def test_what_imitates_the_protocol_is_only_output(isolated: bool) -> None:
 
 
 def test_a_forged_reply_to_another_call_is_passed_over(isolated: bool) -> None:
-    forge = "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'0 0\\n')\n    except OSError: pass\n"
+    forge = "import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'0 0\\n')\n    except OSError: pass\n"
     first, second = run(isolated, forge + "import time; time.sleep(0.1)\n'mine'", "'second'")
     assert first == ToolResult("'mine'")
     assert second == ToolResult("'second'")
@@ -140,8 +140,8 @@ def test_children_do_not_outlive_a_plain_interpreter() -> None:
         "import ctypes; ctypes.string_at(0)",
         "import os; os.system('sleep 60 &'); os._exit(0)",
         "import os; os.closerange(3, 100)",
-        "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'1 99999999999\\n')\n    except OSError: pass",
-        "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'nonsense\\n')\n    except OSError: pass",
+        "import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'1 99999999999\\n')\n    except OSError: pass",
+        "import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'nonsense\\n')\n    except OSError: pass",
     ],
     ids=["exit", "kill", "segfault", "leaving a child", "close", "too long", "nonsense"],
 )

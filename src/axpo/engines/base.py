@@ -54,11 +54,15 @@ class RolloutKey:
 
 @dataclass(frozen=True)
 class Generation:
-    """New ids, the log-prob of each under the sampling distribution, and why it ended."""
+    """New ids, the log-prob of each under the sampling distribution, and why it ended.
+
+    `entropies` are those of the distributions that they were drawn from, in nats, where the engine was to keep them.
+    """
 
     ids: list[int]
     logprobs: list[float]
     finish: Finish
+    entropies: list[float] | None = None
 
 
 class Engine(Protocol):

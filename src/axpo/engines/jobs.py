@@ -39,6 +39,7 @@ class Job:
     trunk: Keys = field(default_factory=_nothing)  # the beginning of `path` that it stands on
     new_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
     @staticmethod
     def of(request: Request, chat: Chat, vocabulary: int) -> "Job":

@@ -4,6 +4,7 @@ A path is a *trunk*, which many rollouts share (a prompt), and a *tail*, which i
 reads each trunk once for all the rollouts on it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,9 @@ class PathCache:
     def reserve(self, *, trunks: int = 0, trunk_tokens: int = 0, tails: int = 0, tail_tokens: int = 0) -> None:
         """Make room for so many more trunks and tails, and for this many tokens in each.
 
-        Where the limit is in the way, idle paths go, the least recently used first, and rows become as narrow as what
-        is left in them allows. The numbers of trunks and idle tails may change.
+        Where the limit is in the way, idle paths go, the least recently used first, until a quarter of it is free: each
+        time costs a copy of all that stays. Rows become as narrow as what is left in them allows. The numbers of trunks
+        and idle tails may change.
         """
         shapes = [(self.trunks, trunks, trunk_tokens), (self.tails, tails, tail_tokens)]
         small = sum(rows.count * rows.columns for rows, _, _ in shapes) <= self._limit
@@ -83,18 +85,20 @@ class PathCache:
             (max(rows.count, 2 * (rows.held() + more)), max(rows.columns, _rounded(tokens)))
             for rows, more, tokens in shapes
         ]
-        while sum(count * columns for count, columns in sizes) > self._limit:
-            least = [
-                (rows.held() + more, _rounded(max(tokens, rows.lengths.max(initial=0))))
-                for rows, more, tokens in shapes
-            ]
-            enough = sum(count * columns for count, columns in least) <= self._limit
-            if enough or not self._drop_oldest():
-                sizes = least
-                break
+        if _size(sizes) > self._limit:
+            sizes = self._least(shapes)
+            while _size(sizes) > 0.75 * self._limit and self._drop_oldest():
+                sizes = self._least(shapes)
+            free = max(0, self._limit - _size(sizes))
+            sizes = [(count + (free // (2 * columns) if columns else 0), columns) for count, columns in sizes]
         self._close_gaps()
         self.trunks.resize(*sizes[0])
         self.tails.resize(*sizes[1])
+
+    def _least(self, shapes: Sequence[tuple[Rows, int, int]]) -> list[tuple[int, int]]:
+        return [
+            (rows.held() + more, _rounded(max(tokens, rows.lengths.max(initial=0)))) for rows, more, tokens in shapes
+        ]
 
     def use_trunk(self, trunk: Keys) -> bool:
         """Put the trunk of this path in flight; False where there is none."""
@@ -300,6 +304,10 @@ def _longest(shared: Keys) -> tuple[int, int]:
         return 0, 0
     best = int(shared.argmax())
     return best, max(0, int(shared[best]))
+
+
+def _size(sizes: Sequence[tuple[int, int]]) -> int:
+    return sum(count * columns for count, columns in sizes)
 
 
 def _rounded(tokens: int) -> int:

@@ -23,7 +23,7 @@ from axpo.engines.clock import Clock
 from axpo.engines.jobs import Job, Pause, Span, batches, next_wave
 from axpo.engines.kv import PathCache
 from axpo.engines.pictures import Part, Pictures
-from axpo.engines.sampling import sample
+from axpo.engines.sampling import entropy, sample
 from axpo.policy import banned_tokens, forward_logits, vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -47,14 +47,20 @@ class LocalEngine:
     At most `max_batch` requests are in flight, the others wait in order. `overlap` is the number of decode
     steps for which the engine goes on without a rollout that runs a tool, before it waits for it. Keys and values
     take at most `kv_memory` GiB, unless one path alone takes more: over it, the paths that were used longest ago are
-    dropped, and computed again when they are asked for.
+    dropped, and computed again when they are asked for. With `entropies` a generation tells those of its tokens.
 
     A run is repeated exactly, whatever time its tools take, if every rollout lies in `rollout(key)`, those
     that run together open before the first of them asks, and none waits for another inside.
     """
 
     def __init__(
-        self, model: PreTrainedModel, chat: Chat, max_batch: int = 64, overlap: int = 16, kv_memory: float = 2.0
+        self,
+        model: PreTrainedModel,
+        chat: Chat,
+        max_batch: int = 64,
+        overlap: int = 16,
+        kv_memory: float = 2.0,
+        entropies: bool = False,
     ) -> None:
         """Raises ValueError where `max_batch` is below 1, `overlap` below 0 or `kv_memory` not above 0."""
         if max_batch < 1 or overlap < 0:
@@ -65,6 +71,7 @@ class LocalEngine:
         self._model = model
         self._chat = chat
         self._max_batch = max_batch
+        self._entropies = entropies
         self._told = False
         self._banned = banned_tokens(chat, model)
         self._cache = PathCache(int(kv_memory * 2**30 / _token_bytes(model)))
@@ -217,7 +224,10 @@ class LocalEngine:
         logits = self._forward(ids[:, None], positions.T[..., None], last, keep=1)[:, 0]
         rules = [job.request.sampling for job in self._jobs]
         uniforms = [job.uniforms[len(job.new_ids)] for job in self._jobs]
-        new, logprobs = sample(logits, rules, uniforms, self._banned)
+        new, logprobs, drawn_from = sample(logits, rules, uniforms, self._banned)
+        if self._entropies:
+            for job, value in zip(self._jobs, entropy(drawn_from).tolist(), strict=True):
+                job.entropies.append(value)
         for job, new_id, logprob in zip(self._jobs, new.tolist(), logprobs.tolist(), strict=True):
             job.new_ids.append(new_id)
             job.logprobs.append(logprob)
@@ -236,7 +246,9 @@ class LocalEngine:
                 self._begun.add(job.key)
             if not job.future.done():
                 finish = Finish.STOP if stopped else Finish.LENGTH
-                job.future.set_result(Generation(job.new_ids, job.logprobs, finish))
+                job.future.set_result(
+                    Generation(job.new_ids, job.logprobs, finish, job.entropies if self._entropies else None)
+                )
 
     def _admit(self) -> None:
         """Move as many as there is room for from waiting into flight, and compute all but the last token of each.

@@ -23,8 +23,9 @@ def check_sampling(sampling: Sampling) -> None:
 
 def sample(
     logits: Tensor, rules: Sequence[Sampling], uniforms: Sequence[float], banned: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Draw one token for each row: logits (b, V) to ids (b,) and their log-probs (b,) in float32 or wider.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token for each row: logits (b, V) to ids (b,), their log-probs (b,) in float32 or wider, and the
+    log-probs (b, V) of the distributions that they were drawn from.
 
     A row's token is the inverse of its distribution function, in the order of the vocabulary, at the row's
     uniform number in [0, 1); it does not depend on the other rows. The log-prob is under the distribution that
@@ -46,7 +47,13 @@ def sample(
         greedy = torch.tensor([r.temperature == 0 for r in rules], device=logits.device)[:, None]
         ids = torch.where(greedy, logprobs.argmax(-1, keepdim=True), ids)
         chosen = torch.where(greedy, torch.zeros_like(chosen), chosen)
-    return ids[:, 0], chosen[:, 0]
+    return ids[:, 0], chosen[:, 0], logprobs
+
+
+def entropy(logprobs: Tensor) -> Tensor:
+    """H = −Σ p·log p of each row, in nats: (b, V) to (b,)."""
+    values: Tensor = torch.special.entr(logprobs.exp()).sum(-1)
+    return values
 
 
 def _truncated(logprobs: Tensor, rules: Sequence[Sampling]) -> Tensor:

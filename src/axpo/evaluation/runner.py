@@ -30,18 +30,18 @@ async def evaluate(
     return groups
 
 
-def summarise(groups: Sequence[Group], samples: int) -> dict[str, object]:
+def summarise(groups: Sequence[Group], samples: int, threshold: float = 0.5) -> dict[str, object]:
     """Pass@1, Pass@`samples`, the figures of `diagnostics.gap`, and Pass@1 of each family.
 
-    Pass@1 is the mean over questions of the share of right rollouts, void ones left out; Pass@k is over the
-    questions with at least k rollouts that were decided.
+    A rollout is right from the reward `threshold` on. Pass@1 is the mean over questions of the share of right rollouts,
+    void ones left out; Pass@k is over the questions with at least k rollouts that were decided.
     """
-    rewards = [[reward > 0 for _, reward in scored(tree.base_leaves())] for tree, _ in groups]
+    rewards = [[reward >= threshold for _, reward in scored(tree.base_leaves())] for tree, _ in groups]
     families: dict[str, list[float]] = defaultdict(list)
     for (_, question), decided in zip(groups, rewards, strict=True):
         if decided:
             families[question.family].append(sum(decided) / len(decided))
-    figures = measure([tree for tree, _ in groups])
+    figures = measure([tree for tree, _ in groups], threshold)
     return {
         "questions": len(groups),
         "samples": samples,

@@ -206,7 +206,7 @@ def make_tree(
         branch = tree.append(tree.root, Kind.OBSERVATION, ids[start:], images=images[len(shared) :])
         reply = chat.turn(f"\n</think>\n\n{exchange.answer}")
         segment = tree.append(branch, Kind.POLICY, reply, [0.0] * len(reply))
-        segment.credit = Credit(1.0, len(reply))
+        segment.credits = (Credit(1.0, len(reply)),)
     assert tree is not None
     return tree
 

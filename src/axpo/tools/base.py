@@ -146,6 +146,20 @@ class Toolbox:
             return _explain(fault)
         return await self.call(name, arguments, conversation)
 
+    def named(self, call_text: str) -> str:
+        """The tool that a call names, "" where that is none of these."""
+        try:
+            name, _ = _parse(call_text)
+        except PolicyFault:
+            return ""
+        return name if name in self._tools else ""
+
+    async def repeat(self, call_text: str, conversation: Conversation) -> None:
+        """Run a call again for what its tool keeps in the conversation, if it is one that can. Raises SystemFault."""
+        name = self.named(call_text)
+        if name and self._tools[name].conversation:
+            await self.run(call_text, conversation)
+
     async def call(self, name: str, arguments: Mapping[str, Any], conversation: Conversation) -> ToolResult:
         """Check the arguments and run the tool. Raises SystemFault only."""
         try:

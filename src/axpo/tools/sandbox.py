@@ -29,6 +29,7 @@ from axpo.tools.base import Fault, SystemFault, ToolResult
 logger = logging.getLogger(__name__)
 
 OUTPUT = 4000  # characters of a call's output that the policy sees
+NO_OUTPUT = "(no output)"  # what the policy sees of a call that printed nothing
 START = 10.0  # seconds that an interpreter may take to start
 _REPORT = 1 << 20  # bytes of a traceback; the program sends far fewer unless the code writes to its socket
 _PROGRAM = Path(__file__).with_name("worker.py")
@@ -189,7 +190,7 @@ async def _start(isolated: bool, limits: Limits) -> _Process:
 
 
 def _join(output: str, report: str) -> str:
-    return "\n".join(part for part in (output.rstrip("\n"), report.rstrip("\n")) if part) or "(no output)"
+    return "\n".join(part for part in (output.rstrip("\n"), report.rstrip("\n")) if part) or NO_OUTPUT
 
 
 def _command(channel: int, limits: Limits, isolated: bool) -> list[str]:

@@ -1,0 +1,101 @@
+"""What options must be together: one line for each problem, naming the key, what was given and what is allowed."""
+
+import os
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from axpo.methods import COMMON, IGNORED_BY_OTHERS, METHODS
+
+if TYPE_CHECKING:
+    from axpo.config import Config
+
+
+def problems(config: "Config") -> list[str]:
+    """All that does not fit together in a config whose every option is right by itself."""
+    return [*_method_problems(config), *_group_problems(config), *_other_problems(config)]
+
+
+def _method_problems(config: "Config") -> list[str]:
+    chosen, options = METHODS[config.method.name], config.method
+    found = []
+    for key in sorted(options.model_fields_set - {"name", *COMMON, *IGNORED_BY_OTHERS, *chosen.options}):
+        default = type(options).model_fields[key].default
+        if getattr(options, key) != default:
+            takers = ", ".join(method.name for method in METHODS.values() if key in method.options)
+            found.append(
+                f"method.{key}: got {getattr(options, key)!r}, but that is an option of {takers}, "
+                f"not of {chosen.name}; must be left out or {default!r}"
+            )
+    return [*found, *_judge_problems(config)]
+
+
+def _judge_problems(config: "Config") -> list[str]:
+    judge = config.judge
+    if judge.url is None:
+        return []
+    found = []
+    if config.method.name != "rltf":
+        found.append(f"judge.url: got {judge.url!r}, but only method=rltf asks a judge; must be left out")
+    if not judge.url.startswith(("http://", "https://")):
+        found.append(f"judge.url: got {judge.url!r}, must begin with http:// or https://")
+    if not judge.model:
+        found.append("judge.model: got nothing, but judge.url is given; must be the model's name there")
+    if judge.key and judge.key not in os.environ:
+        found.append(f"judge.key: got {judge.key!r}, but no such environment variable is set")
+    return found
+
+
+def _group_problems(config: "Config") -> list[str]:
+    questions, rollouts = config.rollout.questions, config.group_size
+    needed, budget = config.method.continuations, config.method.budget
+    problems = []
+    if config.rollout.rollouts < 2:
+        problems.append(
+            f"rollout.rollouts: got {config.rollout.rollouts}, must be at least 2: "
+            "an advantage compares a rollout with the others of its group, and a group of size 1 has none"
+        )
+    extra = Fraction(str(budget)) * questions * rollouts
+    kept = Fraction(str(config.method.adaptive_budget))
+    if config.method.name == "axpo" and int(extra) * (1 + kept) < needed:
+        smallest = Fraction(needed, questions * rollouts)
+        problems.append(
+            f"method.budget: got {budget:g}, so nothing can ever be resampled: "
+            f"r·B·N = {budget:g}·{questions}·{rollouts} = {float(extra):g} extra rollouts a step "
+            f"< method.continuations = {needed}; the smallest budget that works is {_round_up(smallest)}"
+        )
+    if questions % config.train.minibatches:
+        problems.append(
+            f"train.minibatches: got {config.train.minibatches}, must divide rollout.questions = {questions} evenly"
+        )
+    return problems
+
+
+def _round_up(value: Fraction) -> str:
+    """The fraction with as many decimals as it takes (at most six), never less than it is."""
+    for decimals in range(7):
+        scaled = -(-value.numerator * 10**decimals // value.denominator)
+        if scaled * value.denominator == value.numerator * 10**decimals:
+            break
+    return f"{scaled / 10**decimals:.{decimals}f}"
+
+
+def _other_problems(config: "Config") -> list[str]:
+    problems = []
+    if config.rollout.max_tokens > config.rollout.max_context:
+        problems.append(
+            f"rollout.max_tokens: got {config.rollout.max_tokens}, "
+            f"must be at most rollout.max_context = {config.rollout.max_context}"
+        )
+    if "search" in config.tools.names and config.tools.corpus is None:
+        problems.append(
+            "tools.corpus: got nothing, but tools.names has 'search', "
+            "which needs a .jsonl or .parquet file of documents, or 'miniature'"
+        )
+    if config.train.autocast and config.dtype != "float32":
+        problems.append(
+            f"train.autocast: got true, but with dtype = {config.dtype} all is computed in it; must be false"
+        )
+    for folder in (config.output, *config.output.parents):
+        if folder.is_file():
+            problems.append(f"output: got {config.output}, but {folder} is a file; must be a folder, or not exist yet")
+    return problems

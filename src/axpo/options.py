@@ -1,0 +1,281 @@
+"""The options of a run, section by section: meaning, unit, default and source of each."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+MINIATURE = "miniature"
+BUILT_IN_TOOLS = ("zoom", "python", "search")
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))
+
+
+Integer = Annotated[int, BeforeValidator(_not_bool)]
+Real = Annotated[float, BeforeValidator(_not_bool)]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Source = Literal["miniature"] | AbsolutePath | None
+
+
+def _tool(name: str) -> str:
+    if name.endswith(".py"):
+        return str(_absolute(Path(name)))
+    if name not in BUILT_IN_TOOLS:
+        raise ValueError(f"must be one of {', '.join(BUILT_IN_TOOLS)}, or a Python file (.py)")
+    return name
+
+
+def _checkpoint(name: str) -> str:
+    return str(_absolute(Path(name))) if name != MINIATURE and Path(name).expanduser().is_dir() else name
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError("must be cpu, mps, cuda or cuda:INDEX")
+    return name
+
+
+Tool = Annotated[str, AfterValidator(_tool)]
+Checkpoint = Annotated[str, AfterValidator(_checkpoint)]
+Device = Annotated[str, AfterValidator(_device)]
+
+# Where a method differs from the defaults below, unless the config says otherwise.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cispo": {"clip_low": 1.0, "aggregation": "token-mean", "kl": 0.0},
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section(cls, data: Any) -> Any:
+        return {} if data is None else data  # "train:" with all its keys commented out
+
+
+class DataConfig(Section):
+    """Questions and trajectories: a .jsonl or .parquet file, or "miniature" for the embedded world."""
+
+    train: Source = None
+    """Questions to train on by reinforcement learning. Default: none."""
+    eval: Source = None
+    """Held-out questions. Default: none, and nothing is evaluated."""
+    sft: Source = None
+    """Trajectories for supervised fine-tuning. Default: none."""
+
+
+class ToolsConfig(Section):
+    """What the policy may call."""
+
+    names: list[Tool] = []
+    """"zoom", "python", "search", or a Python file whose functions are tools. Default: none."""
+    corpus: Source = None
+    """Documents for `search`: .jsonl or .parquet with `title` and `text`, or "miniature". Default: none."""
+    timeout: Real = Field(default=30.0, gt=0)
+    """Seconds a call may take. Default: 30 (as Qwen-Agent)."""
+    zoom_pixels: Integer = Field(default=262144, ge=32 * 32)
+    """Pixels that a zoomed crop is enlarged to at least. Default: 262144 (as Qwen-Agent)."""
+    search_results: Integer = Field(default=3, ge=1)
+    """Documents that one search returns. Default: 3."""
+
+
+class RolloutConfig(Section):
+    """How the rollouts of a training step are drawn."""
+
+    questions: Integer = Field(default=16, ge=1)
+    """Questions a step (B). Default: 16."""
+    rollouts: Integer = Field(default=8, ge=1)
+    """Rollouts of each question (N), at least 2. Default: 8 (AXPO, section 5)."""
+    max_turns: Integer = Field(default=3, ge=0)
+    """Turns that may call a tool; one more is left for the answer. Default: 3 (AXPO, section 5)."""
+    max_tokens: Integer = Field(default=2048, ge=1)
+    """Tokens of one turn. Default: 2048."""
+    max_context: Integer = Field(default=16384, ge=2)
+    """Tokens of a whole rollout, its prompt included. Default: 16384."""
+    max_images: Integer = Field(default=8, ge=0)
+    """Images of a whole rollout, those of its prompt included. Default: 8."""
+    temperature: Real = Field(default=1.0, gt=0)
+    """Sampling temperature. Default: 1 (Qwen3-VL)."""
+    top_p: Real = Field(default=1.0, gt=0, le=1)
+    """Share of the probability mass that is sampled from. Default: 1, all of it."""
+    top_k: Integer = Field(default=0, ge=0)
+    """Number of most likely tokens that are sampled from. Default: 0, all of them."""
+
+
+class MethodConfig(Section):
+    """Where to fork, how to credit, which loss (arXiv 2605.28774, sections 3 and 6). `axpo methods` lists the methods
+    and which of these options each one takes."""
+
+    name: Literal["grpo", "axpo", "tool_bonus", "tool_penalty", "cispo", "arpo", "rltf"] = "axpo"
+    """The method; `method: NAME` says the same. Default: axpo."""
+    num_rollouts: str = Field(default="1x", pattern="^[1-9]x$")
+    """Multiplies rollout.rollouts: with 2x GRPO gets twice the rollouts (paper's control of compute). Default: 1x."""
+    deviation: Literal["sample", "population", "none"] = "sample"
+    """What a group's advantages are divided by: its standard deviation over n-1 (as verl) or over n, or nothing (the
+    advantage of Dr. GRPO, not its loss). Default: sample."""
+    aggregation: Literal["seq-mean", "token-mean"] = "seq-mean"
+    """Mean over each sequence and then over B·N (paper), or over all tokens. Default: seq-mean; cispo token-mean."""
+    clip_low: Real = Field(default=0.2, ge=0, le=1)
+    """How far the probability ratio counts below 1. Default: 0.2 (paper); cispo 1, no bound."""
+    clip_high: Real = Field(default=0.4, ge=0)
+    """How far the probability ratio counts above 1. Default: 0.4 (paper)."""
+    kl: Real = Field(default=1e-3, ge=0)
+    """Weight of the KL divergence to the policy that training starts from. Default: 1e-3 (paper); cispo 0."""
+    threshold: Real = Field(default=0.5, gt=0, le=1)
+    """A rollout is right from this reward on; rewards lie in 0..1 (the rules of axpo.rewards give 0 or 1, a scorer of
+    your own may give more). Default: 0.5."""
+    dynamic_sampling: Integer = Field(default=0, ge=0)
+    """Groups of one outcome are left out, and up to so many a step replaced by other questions (DAPO, arXiv
+    2503.14476). Default: 0, all groups are kept."""
+    budget: Real = Field(default=0.25, ge=0)
+    """Extra rollouts a step, as a share (r) of the B·N rollouts. Default: 0.25 (paper)."""
+    continuations: Integer = Field(default=4, ge=2)
+    """Continuations of one prefix (K). Default: 4 (paper)."""
+    adaptive_budget: Real = Field(default=0.0, ge=0)
+    """Above 0: a prefix whose first two continuations make the same call gets no more of them, others get what that
+    saves, and what a step leaves over is kept, up to so many steps' budgets. Default: 0, a fixed budget (paper)."""
+    prefix_fix: bool = True
+    """false: continuations start from the prompt instead of the prefix (ablation). Default: true."""
+    resample_no_tool: bool = False
+    """true: all-wrong rollouts without a tool are resampled too, from the end of their thinking (ablation).
+    Default: false."""
+    rank: Literal["confidence", "random", "entropy"] = "confidence"
+    """Who is resampled first: least confidence in the call's tokens (paper), anybody (ablation), or the greatest mean
+    entropy of the distributions that they were drawn from. Default: confidence."""
+    prefix_credit: bool = True
+    """false: the source keeps the advantage of its own reward, on prefix and failed end (ablation). Default: true."""
+    separate_groups: bool = True
+    """false: continuations are normalised together with the rollouts of their question (ablation). Default: true."""
+    fork_at: Literal["first", "last", "most_uncertain", "every"] = "first"
+    """Which of a rollout's calls, the first of each turn, may be forked. Default: first (paper)."""
+    tool_reward: Real = Field(default=0.2, ge=0)
+    """What tool_bonus adds to the reward of a rollout that uses a tool, and tool_penalty takes away. Default: 0.2."""
+    arpo_rule: Literal["published", "code"] = "published"
+    """published: branch where the entropy right after an observation has risen; code: as the authors' program, by the
+    entropy of the segment before it and a random number. Default: published."""
+    arpo_weight: Real = Field(default=0.2, ge=0)
+    """How much a rise of entropy counts; published: only beside an arpo_chance that is not 0.5. Default: 0.2 (ARPO's
+    code)."""
+    arpo_chance: Real = Field(default=0.5, ge=0, le=1)
+    """published: branch where 0.5 + weight·rise is above it; code: the chance without a rise. Default: 0.5."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_name(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"name": data}
+        if isinstance(data, dict) and isinstance(data.get("name"), str):
+            return {**METHOD_DEFAULTS.get(data["name"], {}), **data}
+        return data
+
+
+class JudgeConfig(Section):
+    """A model behind an OpenAI-compatible endpoint that criticises answers (for rltf)."""
+
+    url: str | None = None
+    """What `/chat/completions` is appended to, such as http://localhost:8000/v1. Default: none, the verifier does."""
+    model: str = ""
+    """The model's name at that endpoint. Default: none, it must be given with the URL."""
+    key: str = ""
+    """The environment variable that holds the key. Default: none is sent."""
+
+
+class TrainConfig(Section):
+    """Optimisation by reinforcement learning."""
+
+    steps: Integer = Field(default=200, ge=0)
+    """Training steps. Default: 200."""
+    learning_rate: Real = Field(default=1e-6, gt=0)
+    """AdamW's learning rate after the warm-up. Default: 1e-6 (usual for full fine-tuning)."""
+    warmup_steps: Integer = Field(default=10, ge=0)
+    """Optimizer steps over which the learning rate rises from 0. Default: 10."""
+    weight_decay: Real = Field(default=0.0, ge=0)
+    """AdamW's weight decay. Default: 0."""
+    grad_clip: Real = Field(default=1.0, gt=0)
+    """Largest norm of the gradient. Default: 1."""
+    minibatches: Integer = Field(default=1, ge=1)
+    """Optimizer steps a training step; its questions are divided among them. Default: 1, on-policy."""
+    pack_tokens: Integer = Field(default=16384, ge=1)
+    """Tokens of one packed forward; a larger tree is packed alone. Default: 16384."""
+    gradient_checkpointing: bool = False
+    """Keep only what goes into each layer and compute it again for the gradient: less memory, a third more time.
+    Default: false."""
+    autocast: bool = False
+    """Compute the updates' forward and backward in bfloat16 over float32 weights. Default: false."""
+    old_logprobs: Literal["auto", "recompute"] = "auto"
+    """Log-probs that the probability ratio compares with: auto takes those of sampling where they are exact (top_p 1,
+    top_k 0, float32, no autocast) and else computes them anew before the update, recompute always. Default: auto."""
+    save_every: Integer = Field(default=50, ge=0)
+    """Training steps between checkpoints; 0 saves only at the end. Default: 50."""
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning on trajectories."""
+
+    steps: Integer = Field(default=1000, ge=0)
+    """Optimizer steps. Default: 1000."""
+    batch: Integer = Field(default=64, ge=1)
+    """Questions a step, with all their trajectories (those of a file are one each). Default: 64."""
+    learning_rate: Real = Field(default=1e-5, gt=0)
+    """AdamW's learning rate after the warm-up; from there it falls linearly to 0. Default: 1e-5 (usual)."""
+    warmup_steps: Integer = Field(default=50, ge=0)
+    """Optimizer steps over which the learning rate rises from 0. Default: 50."""
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out questions."""
+
+    every: Integer = Field(default=0, ge=0)
+    """Training steps between evaluations. Default: 0, only at the end."""
+    questions: Integer = Field(default=0, ge=0)
+    """Questions to evaluate on. Default: 0, all of them."""
+    samples: Integer = Field(default=4, ge=1)
+    """Rollouts of each question, for Pass@1 and Pass@samples. Default: 4 (paper)."""
+    temperature: Real = Field(default=1.0, ge=0)
+    """Sampling temperature, 0 for the likeliest token. Default: 1 (Qwen3-VL)."""
+    top_p: Real = Field(default=0.95, gt=0, le=1)
+    """Share of the probability mass that is sampled from. Default: 0.95 (Qwen3-VL)."""
+    top_k: Integer = Field(default=20, ge=0)
+    """Number of most likely tokens that are sampled from; 0: all. Default: 20 (Qwen3-VL)."""
+
+
+class EngineConfig(Section):
+    """The embedded engine, which generates with the trained model itself."""
+
+    max_batch: Integer = Field(default=64, ge=1)
+    """Rollouts that generate at the same time. Default: 64."""
+    overlap: Integer = Field(default=16, ge=0)
+    """Decoding steps that go on while a tool runs; then all wait for it, so that a seed repeats a run. Default: 16."""
+    kv_memory: Real = Field(default=2.0, gt=0)
+    """GiB for keys and values. Over it, what was used longest ago is dropped and computed again. Default: 2."""
+
+
+class AlarmsConfig(Section):
+    """What a training run warns of. An alarm is shown when it begins, and is in metrics.jsonl as long as it lasts."""
+
+    steps: Integer = Field(default=20, ge=7)
+    """Training steps (n) that tool use and groups of one outcome are watched over. Default: 20; fewer than 7 show no
+    trend."""
+    tool_use: Real = Field(default=0.05, ge=0, le=1)
+    """Least share of the rollouts of n steps that use a tool. Default: 0.05, where two of three groups of 8
+    hold no call; 0: no alarm."""
+    tool_use_fall: Real = Field(default=0.1, ge=0, le=1)
+    """How much of itself tool use may lose from the first half of n steps to the second, where it falls beyond what
+    chance explains. Default: 0.1; 1: no alarm."""
+    void: Real = Field(default=0.25, ge=0, le=1)
+    """Greatest share of the rollouts of one step that are void. Default: 0.25; 1: no alarm."""
+    one_outcome: Real = Field(default=0.9, ge=0, le=1)
+    """Greatest share of the groups of n steps in which all rollouts have the same reward. Default: 0.9; 1: no alarm."""
+    stop: bool = False
+    """true: the first alarm ends the run, after its checkpoint is saved. Default: false."""

@@ -1,0 +1,77 @@
+"""The training stage around its steps, which are told here instead of run."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from axpo import build, workflow
+from axpo.config import load_config
+from axpo.diagnostics.alarms import AlarmStop
+from axpo.run import Run
+from axpo.tree import RolloutTree
+from axpo.workflow import run_training
+
+FIGURES: dict[str, Any] = {"tool_use": 0.4, "one_outcome": 0.5, "void": 0, "rollouts": 8}
+
+
+class Silent:
+    def stage(self, name: str, total: int) -> None: ...
+
+    def step(self, figures: dict[str, Any]) -> None: ...
+
+
+class Saving(Run):
+    """A run folder in which a checkpoint is a number."""
+
+    saved = 0
+
+    def save_checkpoint(self, *_: object) -> Path:
+        self.saved += 1
+        return self.folder
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Trains through steps in which so many of 8 rollouts are void; returns the run."""
+
+    def run(void: list[int], *overrides: str) -> Saving:
+        class Told:
+            def __init__(self, *_: object) -> None: ...
+
+            async def step(self, number: int) -> tuple[list[RolloutTree], dict[str, Any]]:
+                return [RolloutTree("q", [1])], {"step": number + 1, **FIGURES, "void": void[number]}
+
+        monkeypatch.setattr(workflow, "Trainer", Told)
+        for name in ("make_engine", "training_agent"):
+            monkeypatch.setattr(build, name, lambda *_: None)
+        config = load_config(None, [f"output={tmp_path}/run", f"train.steps={len(void)}", "eval.every=0", *overrides])
+        folder = Saving(config)
+        data: Any = build.Data([], None)
+        nothing: Any = None
+        try:
+            asyncio.run(run_training(config, folder, Silent(), nothing, nothing, nothing, data))
+        finally:
+            assert folder.saved == 1
+        return folder
+
+    return run
+
+
+def logged(folder: Path) -> list[list[str]]:
+    return [json.loads(line)["alarms"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_alarm_is_told_when_it_begins_and_logged_while_it_lasts(train: Any, caplog: pytest.LogCaptureFixture):
+    run = train([0, 4, 4, 0, 8])
+    assert logged(run.folder) == [[], ["void"], ["void"], [], ["void"]]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message.partition(" of the rollouts")[0] for message in told] == ["step 2: 50.0%", "step 5: 100.0%"]
+
+
+def test_an_alarm_ends_the_run_where_that_is_asked_for(train: Any, tmp_path: Path):
+    with pytest.raises(AlarmStop, match=r"^stopped after step 2 by alarms.stop \(void\)$"):
+        train([0, 4, 4], "alarms.stop=true")
+    assert logged(tmp_path / "run") == [[], ["void"]]
