@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,7 +84,7 @@ def diagnose(
         console = Console()
         console.print(_table(found, continuations), width=min(WIDTH, console.width))
         for line in _remarks(found):
-            typer.echo(line)
+            typer.echo(textwrap.fill(line, WIDTH))
         typer.echo(f"written to {shown(run.folder)}")
 
 
