@@ -17,7 +17,6 @@ from axpo import build
 from axpo.chat import Chat
 from axpo.config import load_config
 from axpo.credit import credit_axpo, credit_grpo
-from axpo.diagnostics.gap import is_forked
 from axpo.engines.base import Generation, Request
 from axpo.fork import Allocation, Candidate, allocate
 from axpo.miniature.scene import draw_scene
@@ -112,7 +111,7 @@ def test_sampling_logprobs_equal_a_fresh_forward_over_the_packed_tree(make_train
     trees = asyncio.run(trainer.roll_out(0))
     segments = [s for tree in trees for s in tree.segments()]
     assert any(s.images for s in segments if s.kind is Kind.OBSERVATION)  # tool images
-    assert any(is_forked(s) for s in segments)
+    assert any(s.is_forked for s in segments)
     banned = banned_tokens(chat, model)
     for tree in trees:
         credit_axpo(tree)
@@ -140,7 +139,7 @@ def test_what_the_trees_share_is_prefilled_once(make_trainer: Maker) -> None:
 
     trees = asyncio.run(trainer.roll_out(0))
     segments = [segment for tree in trees for segment in tree.segments()]
-    assert any(map(is_forked, segments))
+    assert any(s.is_forked for s in segments)
     given = sum(len(segment) for segment in segments if segment.kind is not Kind.POLICY)
     prefilled = engine.counters.prefilled_tokens  # type: ignore[attr-defined]
     assert prefilled <= given + asked

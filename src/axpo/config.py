@@ -133,7 +133,7 @@ def _without_defaults_of_method(data: dict[str, Any], override: dict[str, Any]) 
         return data
     names = (old.get("name", MethodConfig().name), new["name"])
     special = {key for name in names for key in METHOD_DEFAULTS.get(str(name), {})}
-    defaults = MethodConfig.model_validate({"name": "axpo"}).model_dump() | METHOD_DEFAULTS.get(str(names[0]), {})
+    defaults = MethodConfig().model_dump() | METHOD_DEFAULTS.get(str(names[0]), {})
     return {**data, "method": {k: v for k, v in old.items() if k not in special or v != defaults[k]}}
 
 

@@ -86,9 +86,9 @@ def credit_axpo(
     """
     group = scored(tree.base_leaves())
     rewards = [reward for _, reward in group]
-    if any(_is_fork(segment) and segment.in_continuation for segment in tree.segments()):
+    if any(segment.is_forked and segment.in_continuation for segment in tree.segments()):
         raise TreeError("a continuation was forked: AXPO forks the rollouts sampled at first")
-    resampled = {fork: _scored_groups(tree, fork) for fork in tree.segments() if _is_fork(fork)}
+    resampled = {fork: _scored_groups(tree, fork) for fork in tree.segments() if fork.is_forked}
     others = [] if separate_groups else [r for groups in resampled.values() for each in groups for _, r in each]
 
     def continued(group: Sequence[tuple[Segment, float]], depth: int) -> list[Stream]:  # (2)
@@ -132,10 +132,6 @@ def credit_rltf(tree: RolloutTree, deviation: Deviation = "sample", epsilon: flo
 def one_outcome(tree: RolloutTree) -> bool:
     """Whether the rollouts sampled at first teach nothing, because all that were decided have the same reward."""
     return len({reward for _, reward in scored(tree.base_leaves())}) < 2
-
-
-def _is_fork(segment: Segment) -> bool:
-    return any(child.resampled for child in segment.children)
 
 
 def _scored_groups(tree: RolloutTree, fork: Segment) -> list[list[tuple[Segment, float]]]:

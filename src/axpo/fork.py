@@ -139,6 +139,19 @@ def open_prefix(tree: RolloutTree, candidate: Candidate) -> Segment:
     return tree.fork(candidate.segment, candidate.token_index)
 
 
+def confidence(segment: Segment, tokens: slice) -> float:
+    """The mean probability of these tokens of a policy segment when they were sampled."""
+    assert segment.logprobs is not None
+    return float(np.exp(segment.logprobs[tokens].astype(np.float64)).mean())
+
+
+def mean_entropy(segment: Segment, tokens: slice) -> float:
+    """The mean entropy (nats) of the distributions that these tokens were drawn from. Raises TreeError without any."""
+    if segment.entropies is None:
+        raise TreeError("a rollout has no entropies")
+    return float(segment.entropies[tokens].astype(np.float64).mean())
+
+
 def branch_points(
     tree: RolloutTree, vocabulary: int, rule: BranchRule = "published", weight: float = 0.2, chance: float = 0.5
 ) -> list[Segment]:
@@ -153,7 +166,11 @@ def branch_points(
     Raises TreeError for rollouts without entropies.
     """
     found: dict[Segment, int] = {}
-    measured = _sum_of_entropies if rule == "code" else _mean_entropy
+    first = slice(BRANCH_TOKENS)
+
+    def measured(segment: Segment) -> float:
+        return mean_entropy(segment, first) * (min(len(segment), BRANCH_TOKENS) if rule == "code" else 1)
+
     for leaf in tree.base_leaves():
         path = leaf.path()
         for depth in range(2, len(path) - 1):
@@ -170,16 +187,6 @@ def branch_points(
             if branches:
                 found[point] = depth
     return sorted(found, key=lambda point: found[point])
-
-
-def _sum_of_entropies(segment: Segment) -> float:
-    if segment.entropies is None:
-        raise TreeError("a rollout has no entropies to branch by")
-    return float(segment.entropies[:BRANCH_TOKENS].astype(np.float64).sum())
-
-
-def _mean_entropy(segment: Segment) -> float:
-    return _sum_of_entropies(segment) / min(len(segment), BRANCH_TOKENS)
 
 
 def _generator(ids: Ids) -> np.random.Generator:
@@ -207,10 +214,5 @@ def _answer(leaf: Segment, rank: Rank) -> list[Candidate]:
 
 
 def _candidate(leaf: Segment, segment: Segment, index: int, tokens: slice, rank: Rank) -> Candidate:
-    assert segment.logprobs is not None
-    confidence = float(np.exp(segment.logprobs[tokens].astype(np.float64)).mean())
-    if rank != "entropy":
-        return Candidate(leaf, segment, index, confidence, confidence)
-    if segment.entropies is None:
-        raise TreeError("a rollout has no entropies to rank it by")
-    return Candidate(leaf, segment, index, confidence, -float(segment.entropies[tokens].astype(np.float64).mean()))
+    sure = confidence(segment, tokens)
+    return Candidate(leaf, segment, index, sure, -mean_entropy(segment, tokens) if rank == "entropy" else sure)

@@ -151,6 +151,11 @@ class Segment:
         return any(segment.resampled for segment in self.path())
 
     @property
+    def is_forked(self) -> bool:
+        """Whether continuations were drawn after this segment."""
+        return any(child.resampled for child in self.children)
+
+    @property
     def uses_tool(self) -> bool:
         """Whether the policy opened a tool call on the path down to here, well-formed or not."""
         return any(segment.calls for segment in self.path())

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axpo.credit import credit_axpo, credit_grpo
-from axpo.diagnostics.gap import call_tokens, is_forked, mean, measure
+from axpo.diagnostics.gap import call_tokens, mean, measure
 from axpo.tree import CallSpan, Credit, Kind, Outcome, RolloutTree, Segment, StopReason, ToolUse, TreeError
 
 CALL = CallSpan(1, 2, 4)  # of a first turn of 5 tokens, the last of which stops it
@@ -256,11 +256,11 @@ def test_errors_are_told_apart_by_tool_and_kind():
 def test_a_prefix_is_forked_when_a_continuation_was_drawn():
     tree = new_tree()
     source = with_tool(tree, 0.0)
-    assert not is_forked(source)
+    assert not source.is_forked
     tree.fork(source, 2)
-    assert not is_forked(source)
+    assert not source.is_forked
     resample(tree, source, [0.0])
-    assert [segment for segment in tree.segments() if is_forked(segment)] == [source]
+    assert [segment for segment in tree.segments() if segment.is_forked] == [source]
 
 
 def test_a_rollout_that_has_not_ended_is_refused():

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from axpo.diagnostics.gap import Figures, is_forked
+from axpo.diagnostics.gap import Figures, resamplings_of
 from axpo.evaluation.passk import pass_at_k
 from axpo.storage import load_trees
 from axpo.tree import RolloutTree, TreeError, scored
@@ -99,8 +99,7 @@ class Visit:
         """Void rollouts are left out. Raises TreeError for a rollout that has not ended."""
         group = scored(tree.base_leaves())
         tool = [reward >= threshold for leaf, reward in group if leaf.uses_tool]
-        forks = [segment for segment in tree.segments() if is_forked(segment)]
-        decided = [scored(leaves) for fork in forks for leaves in tree.resamplings(fork).values()]
+        decided = [scored(leaves) for leaves in resamplings_of(tree)]
         resamplings = [(len(ends), sum(leaf.uses_tool and r >= threshold for leaf, r in ends)) for ends in decided]
         return cls(
             tree.question_id,

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from axpo.agent import Agent
 from axpo.diagnostics.calls import Call, cluster
 from axpo.diagnostics.correlation import pearson, spearman
 from axpo.diagnostics.gap import mean, measure
 from axpo.drawing import Drawing
-from axpo.fork import allocate, candidates, open_prefix
+from axpo.fork import allocate, candidates, confidence, mean_entropy, open_prefix
 from axpo.questions import Question
 from axpo.tools.sandbox import NO_OUTPUT
 from axpo.tree import Kind, RolloutTree, Segment, scored
@@ -113,11 +111,8 @@ def certainties(tree: RolloutTree) -> list[Certainty]:
         calls = [(segment, call) for segment in leaf.path() for call in segment.calls]
         if calls:
             segment, call = calls[0]
-            assert segment.logprobs is not None
-            assert segment.entropies is not None
-            probabilities = np.exp(segment.logprobs[call.start : call.end].astype(np.float64))
-            entropies = segment.entropies[call.start : call.end].astype(np.float64)
-            found.append(Certainty(float(probabilities.mean()), float(entropies.mean())))
+            tokens = slice(call.start, call.end)
+            found.append(Certainty(confidence(segment, tokens), mean_entropy(segment, tokens)))
     return found
 
 

@@ -40,7 +40,7 @@ def measure(trees: Sequence[RolloutTree], threshold: float = 0.5) -> Figures:
     tool = [[reward >= threshold for leaf, reward in group if leaf.uses_tool] for group in groups]
     none = [[reward >= threshold for leaf, reward in group if not leaf.uses_tool] for group in groups]
     paths = [leaf.path() for group in groups for leaf, _ in group]
-    later = [leaves for tree in trees for leaves in _resamplings(tree)]
+    later = [leaves for tree in trees for leaves in resamplings_of(tree)]
     second = [scored(leaves) for leaves in later if is_second_attempt(leaves[0])]
     resamplings = [scored(leaves) for leaves in later if not is_second_attempt(leaves[0])]
     base = {segment for path in paths for segment in path}
@@ -66,11 +66,6 @@ def measure(trees: Sequence[RolloutTree], threshold: float = 0.5) -> Figures:
         "generated_tokens": sum(len(s) for tree in trees for s in tree.segments() if s.kind is Kind.POLICY),
         **tool_errors(trees),
     }
-
-
-def is_forked(segment: Segment) -> bool:
-    """Whether continuations were drawn after this segment."""
-    return any(child.resampled for child in segment.children)
 
 
 def _acted(leaf: Segment) -> bool:
@@ -125,11 +120,9 @@ def tool_errors(trees: Sequence[RolloutTree]) -> dict[str, int]:
     return {"tool_calls": len(uses), "tool_errors": errors.total(), **dict(sorted(errors.items()))}
 
 
-def _resamplings(tree: RolloutTree) -> list[list[Segment]]:
+def resamplings_of(tree: RolloutTree) -> list[list[Segment]]:
     """The ends of the continuations of each resampling in the tree."""
-    return [
-        leaves for segment in tree.segments() if is_forked(segment) for leaves in tree.resamplings(segment).values()
-    ]
+    return [leaves for segment in tree.segments() if segment.is_forked for leaves in tree.resamplings(segment).values()]
 
 
 def _flat(groups: Sequence[Sequence[bool]]) -> list[bool]:
