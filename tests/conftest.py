@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from axpo.chat import Chat
+    from axpo.tools.sandbox import Sandbox
 
 SPECIAL = [
     "<|endoftext|>",
@@ -182,3 +183,28 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Qwen3VLForCo
 @pytest.fixture
 def tiny_model(make_model: Callable[..., Qwen3VLForConditionalGeneration]) -> Qwen3VLForConditionalGeneration:
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def plain_sandbox() -> Iterator[Sandbox]:
+    """Interpreters without isolation, for code that the tests trust."""
+    from axpo.tools.sandbox import NONE, Sandbox
+
+    sandbox = Sandbox(NONE)
+    yield sandbox
+    sandbox.close()
+
+
+@pytest.fixture(scope="session")
+def bubblewrap_sandbox() -> Iterator[Sandbox]:
+    """Interpreters under bubblewrap; skips where that does not work."""
+    from axpo.tools.base import ToolError
+    from axpo.tools.sandbox import BUBBLEWRAP, Sandbox
+
+    sandbox = Sandbox(BUBBLEWRAP)
+    try:
+        sandbox.check()
+    except ToolError as error:
+        pytest.skip(str(error))
+    yield sandbox
+    sandbox.close()

@@ -23,6 +23,7 @@ from axpo.fork import candidates
 from axpo.questions import Question
 from axpo.tools.base import SystemFault, Toolbox
 from axpo.tools.python import make_python
+from axpo.tools.sandbox import Sandbox
 from axpo.tools.zoom import make_zoom
 from axpo.tree import CallSpan, Kind, Outcome, RolloutTree, StopReason
 
@@ -105,9 +106,9 @@ def question(name: str) -> Question:
 
 
 @pytest.fixture
-def measured(chat: Chat) -> Callable[..., tuple[Draws, Shown]]:
+def measured(chat: Chat, plain_sandbox: Sandbox) -> Callable[..., tuple[Draws, Shown]]:
     def run(texts: dict[str, Sequence[Sequence[str]]], effort: Effort) -> tuple[Draws, Shown]:
-        toolbox = Toolbox([make_zoom(64 * 64), make_python(isolated=False), broken])
+        toolbox = Toolbox([make_zoom(64 * 64), make_python(plain_sandbox), broken])
         agent = Agent(Script(chat, texts), chat, toolbox, Sampling(max_tokens=500), Limits())
         shown = Shown()
         return asyncio.run(draw(agent, [question(name) for name in texts], effort, 0.5, 0, shown)), shown

@@ -7,13 +7,14 @@ from axpo.miniature.base import SIDE
 from axpo.miniature.world import corpus
 from axpo.tools.base import Tool
 from axpo.tools.python import make_python
+from axpo.tools.sandbox import NONE, Sandbox
 from axpo.tools.search import make_search
 from axpo.tools.zoom import make_zoom
 
 
 def tools(number: int = 0) -> list[Tool]:
-    """Zoom, Python, and search over the corpus of this number (0: the world's)."""
-    return [make_zoom(SIDE * SIDE), make_python(), make_search(corpus(number), 2)]
+    """Zoom, Python without isolation (for teachers), and search over the corpus of this number (0: the world's)."""
+    return [make_zoom(SIDE * SIDE), make_python(Sandbox(NONE)), make_search(corpus(number), 2)]
 
 
 def call_text(name: str, arguments: dict[str, object]) -> str:

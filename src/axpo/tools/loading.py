@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 from axpo.tools.base import Tool, ToolError
-from axpo.tools.python import make_python
+from axpo.tools.python import Interpreters, make_python
+from axpo.tools.sandbox import Sandbox
 from axpo.tools.search import make_search
 from axpo.tools.zoom import make_zoom
 
@@ -22,6 +23,7 @@ def load_tools(
     zoom_pixels: int = 262_144,
     search_results: int = 3,
     timeout: float = 30.0,
+    sandbox: Interpreters | None = None,
 ) -> list[Tool]:
     """The tools of these names: "zoom", "python", "search" (which needs a corpus), or the path of a Python file.
 
@@ -32,7 +34,7 @@ def load_tools(
         if name == "zoom":
             tools.append(make_zoom(zoom_pixels))
         elif name == "python":
-            tools.append(make_python(timeout))
+            tools.append(make_python(sandbox or Sandbox(), timeout))
         elif name == "search":
             if corpus is None:
                 raise ToolError("the tool 'search' needs a corpus")

@@ -1,15 +1,27 @@
 """The python tool: an interpreter that a rollout keeps."""
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from axpo.tools.base import Conversation, Tool, ToolResult
-from axpo.tools.sandbox import START, Interpreter, isolation_works
 
 
-def make_python(timeout: float = 30.0, isolated: bool | None = None) -> Tool:
-    """The tool `python`, each call of which may take `timeout` seconds.
+class Interpreter(Protocol):
+    """One rollout's interpreter, at whatever level."""
 
-    `isolated` says whether the interpreter runs under bubblewrap; None means: where that works.
-    """
-    wrapped = isolation_works() if isolated is None else isolated
+    async def run(self, code: str, timeout: float, images: Sequence[bytes] = ()) -> ToolResult: ...
+
+    def close(self) -> None: ...
+
+
+class Interpreters(Protocol):
+    """What makes interpreters: `axpo.tools.sandbox.Sandbox` or `axpo.tools.remote.RemoteSandbox`."""
+
+    def interpreter(self) -> Interpreter: ...
+
+
+def make_python(sandbox: Interpreters, timeout: float = 30.0) -> Tool:
+    """The tool `python`, each call of which may take `timeout` seconds."""
 
     async def python(code: str, conversation: Conversation) -> ToolResult:
         """Run Python code. Variables are kept.
@@ -17,13 +29,12 @@ def make_python(timeout: float = 30.0, isolated: bool | None = None) -> Tool:
         Args:
             code: The code.
         """
-        interpreter = conversation.state.get("python")
+        interpreter: Interpreter | None = conversation.state.get("python")
         if interpreter is None:
-            interpreter = conversation.state["python"] = Interpreter(wrapped)
+            interpreter = conversation.state["python"] = sandbox.interpreter()
             conversation.on_close(interpreter.close)
-        result: ToolResult = await interpreter.run(code, timeout)
-        return result
+        return await interpreter.run(code, timeout, conversation.images)
 
-    # The interpreter keeps the deadline itself, to show what was printed until then; the toolbox's stands behind it.
-    python.timeout = timeout + 2 * START  # type: ignore[attr-defined]
+    # The interpreter keeps the deadline itself, to show what was printed until then.
+    python.timeout = None  # type: ignore[attr-defined]
     return python

@@ -1,203 +1,316 @@
-"""A Python interpreter of its own for each rollout, in a child process.
+"""Where the policy's Python code runs: an interpreter of its own for each rollout.
 
-Where bubblewrap is installed and works, the process has its own user, pid, ipc and net namespaces, sees the system and
-this Python's packages read-only, nothing of the user's files, a private /tmp and no environment. Elsewhere it is a
-plain child process in a folder of its own, and one warning says so. In both cases its memory, CPU time and the size of
-its files are limited.
+`Sandbox` has two levels; a third, a service on other machines, is remote.py. None falls back on another: `check` says
+what to install or to choose where a level does not work.
 
-Not covered: system calls are not filtered, what /tmp holds in total is not limited, the limit on processes does not
-bind for root, and without bubblewrap a process that leaves its session outlives the rollout.
+`bubblewrap` (Linux): the interpreter has user, pid, ipc, net, uts and mount namespaces of its own. It sees the system
+and this Python's packages read-only, nothing else of the machine's files, a /tmp of bounded size that is its home, and
+no environment. It has no privileges; system calls that manage the machine, namespaces or other processes are refused
+(interpreter/confine.py). Memory, CPU time, processes, the size of files and their number are limited, and all of its
+processes are killed at a call's deadline and at the rollout's end.
+It does NOT protect from: faults of the kernel itself; reading what lies under /usr and in this Python's site-packages
+(keep no secrets there); use of all cores until the deadline; use of memory by many processes at once, each within the
+limit (the kernel is told to kill these first); side channels between processes of one machine.
+
+`none_i_trust_the_policy`: a plain child process in a folder of its own, with limits on memory, CPU time and files,
+and no environment.
+It does NOT protect from anything the user may do: the code can read and delete the user's files, use the network, start
+processes that leave the process group and live on, and kill the trainer. It is for policies and questions that are
+trusted, and for systems without bubblewrap.
 """
 
 import asyncio
 import contextlib
-import functools
-import logging
+import io
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from axpo.tools.base import Fault, SystemFault, ToolResult
+import PIL.Image
 
-logger = logging.getLogger(__name__)
+from axpo.tools.base import Fault, SystemFault, ToolError, ToolResult
+from axpo.tools.interpreter.session import PICTURE_PIXELS, PICTURES, TRACEBACK, cut
+from axpo.tools.interpreter.template import Limits, Setup, send
 
+BUBBLEWRAP, NONE = "bubblewrap", "none_i_trust_the_policy"
 OUTPUT = 4000  # characters of a call's output that the policy sees
 NO_OUTPUT = "(no output)"  # what the policy sees of a call that printed nothing
-START = 10.0  # seconds that an interpreter may take to start
-_REPORT = 1 << 20  # bytes of a traceback; the program sends far fewer unless the code writes to its socket
-_PROGRAM = Path(__file__).with_name("worker.py")
+START = 30.0  # seconds that an interpreter may take to start, the template's imports included
+DIED = "The interpreter died. All variables are lost."
+_REPORT = 4 * TRACEBACK + 1000  # bytes of a traceback
+_PICTURE = 8 << 20  # bytes of one picture
 _ENVIRONMENT = {
+    "HOME": "/tmp",
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
-    "PYTHONHASHSEED": "0",
+    "PYTHONHASHSEED": "0",  # a set must print alike in every run
+    "MPLBACKEND": "Agg",
     "OMP_NUM_THREADS": "1",  # each thread of a numeric library reserves memory that counts against the limit
     "OPENBLAS_NUM_THREADS": "1",
 }
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one interpreter may use over its life."""
+class Sandbox:
+    """Starts interpreters at one of the two levels above, as forks of a template process that it keeps.
 
-    memory: int = 1 << 30  # bytes of address space
-    cpu: int = 600  # seconds
-    file: int = 16 << 20  # bytes a file, and of output a call
-    processes: int = 64  # under bubblewrap only: elsewhere all processes of the user would count
+    The template starts with the first interpreter, or at `check`, and ends with this process however that ends.
+    `cache` is a folder for matplotlib's list of fonts.
+    """
+
+    def __init__(self, level: str = BUBBLEWRAP, limits: Limits | None = None, cache: Path | None = None) -> None:
+        self.level = level
+        self.limits = limits or Limits()
+        self._cache = cache
+        self._template: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (it lasts as long as this object)
+
+    def check(self) -> None:
+        """Raise ToolError, saying what to install or choose, unless an interpreter starts and computes."""
+        try:
+            if self.level == BUBBLEWRAP and not shutil.which("bwrap"):
+                raise SystemFault("bubblewrap is not installed: apt install bubblewrap, or dnf install bubblewrap")
+            with contextlib.closing(_Process(self)) as process:
+                process.connect_now()
+        except SystemFault as fault:
+            raise ToolError(
+                f"tools.sandbox: {self.level!r} does not work here: {fault}. In a container bubblewrap needs user "
+                "namespaces (docker: --security-opt seccomp=unconfined). Else choose {remote: URL} of a SandboxFusion "
+                f"service, or {NONE}"
+                if self.level == BUBBLEWRAP
+                else f"tools.sandbox: {self.level!r} does not work here: {fault}"
+            ) from fault
+
+    def interpreter(self) -> "Interpreter":
+        """One that starts at its first call."""
+        return Interpreter(self)
+
+    def start(self, folder: str, channel: int, output: int, lifeline: int) -> None:
+        """Have the template start an interpreter on these descriptors. `folder` is its home where it has no /tmp of its
+        own. Raises SystemFault where it cannot."""
+        try:
+            if not self.alive:
+                self._start_template()
+            assert self._control is not None
+            send(self._control, {"limits": asdict(self.limits), "folder": folder}, [channel, output, lifeline])
+        except OSError as error:
+            raise SystemFault(f"no interpreter can be started: {error}") from error
+
+    @property
+    def alive(self) -> bool:
+        """Whether the template runs, and so whatever it has started."""
+        return self._template is not None and self._template.poll() is None
+
+    def complaints(self) -> str:
+        """The last line that the template has written as it failed."""
+        size = os.fstat(self._complaints.fileno()).st_size
+        lines = os.pread(self._complaints.fileno(), size, 0).decode("utf-8", "replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def close(self) -> None:
+        """End the template and all interpreters."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._template is not None:
+            self._template.wait()
+            self._template = None
+
+    def _start_template(self) -> None:
+        self.close()
+        root = str(Path(__file__).parents[2])
+        program = (
+            f"import sys; sys.path.append({root!r}); from axpo.tools.interpreter import template; "
+            f"template.ROOT = {root!r}; template.main(int(sys.argv[1]))"
+        )
+        ours, theirs = socket.socketpair()
+        fonts = self._cache or Path(tempfile.gettempdir()) / f"axpo-fonts-{os.getuid()}"
+        setup = Setup(
+            packages=_packages(),
+            environment=_ENVIRONMENT,
+            matplotlib=str(fonts),
+            bubblewrap=_bubblewrap() if self.level == BUBBLEWRAP else [],
+        )
+        with theirs:
+            # Not -I, which would ignore PYTHONHASHSEED.
+            self._template = subprocess.Popen(
+                [_executable(), "-P", "-s", "-S", "-u", "-X", "utf8", "-c", program, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._complaints,
+                pass_fds=[theirs.fileno()],
+                env=_ENVIRONMENT,
+                cwd="/",
+                start_new_session=True,  # Ctrl-C is for the trainer, which closes the rollouts in order
+            )
+        self._control = ours
+        send(ours, asdict(setup), [])
 
 
 class Interpreter:
-    """A Python interpreter that keeps its variables from one call to the next, until it is stopped or dies.
+    """A Python interpreter that keeps its variables from one call to the next, until it is stopped or dies."""
 
-    It starts at the first call. `isolated` puts it under bubblewrap.
-    """
-
-    def __init__(self, isolated: bool, limits: Limits | None = None) -> None:
-        self._isolated = isolated
-        self._limits = limits or Limits()
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
         self._running: _Process | None = None
         self._lock = asyncio.Lock()
 
-    async def run(self, code: str, timeout: float) -> ToolResult:
+    async def run(self, code: str, timeout: float, images: Sequence[bytes] = ()) -> ToolResult:
         """Run the code for at most `timeout` seconds; the text is its output, then the traceback if it raised.
 
-        Raises SystemFault where no interpreter can be started.
+        `images` are all those of the conversation so far: `image_0`, … in the code. Raises SystemFault where no
+        interpreter can be started, or the sandbox is lost.
         """
         async with self._lock:
             if self._running is None:
-                self._running = await _start(self._isolated, self._limits)
+                self._running = await _start(self._sandbox)
             process = self._running
+            pictures: list[bytes] = []
+            lost = True
             try:
                 async with asyncio.timeout(timeout):
-                    report = await process.exchange(code)
-                fault = Fault.RAISED if report else None
+                    report, pictures = await process.exchange(code, images)
+                fault, lost = Fault.RAISED if report else None, False
             except TimeoutError:
                 report, fault = f"Stopped after {timeout:g} s. All variables are lost.", Fault.TIMEOUT
-                process.kill()
-            except (OSError, EOFError, ValueError):
-                report, fault = "The interpreter died. All variables are lost.", Fault.RAISED
-                process.kill()
+            except (OSError, EOFError, ValueError) as error:
+                if not self._sandbox.alive:
+                    self.close()
+                    raise SystemFault("the sandbox's template process has ended") from error
+                report, fault = DIED, Fault.RAISED
             except BaseException:
                 self.close()
                 raise
-            text = _join(process.output(), report)
-            if process.dead:
+            output = process.output()
+            if lost:
                 self.close()
-            return ToolResult(text, fault=fault)
+            return tell(output, report, pictures, fault)
 
     def close(self) -> None:
-        """Kill the interpreter, if it runs. A later call starts a new one."""
+        """Kill the interpreter, if it runs, with all that it has started. A later call starts a new one."""
         if self._running is not None:
             self._running.close()
             self._running = None
 
 
 class _Process:
-    """A running child with the socket that it answers on and the file that it prints into."""
+    """A running interpreter: the channel that it answers on, the file that it prints into, the lifeline."""
 
-    def __init__(self, isolated: bool, limits: Limits) -> None:
+    def __init__(self, sandbox: Sandbox) -> None:
+        """Ask for it. Raises SystemFault where that is impossible."""
         self.requests = 0
+        self.images = 0
         with contextlib.ExitStack() as resources:
-            folder = resources.enter_context(tempfile.TemporaryDirectory(prefix="axpo-", ignore_cleanup_errors=True))
-            self.file = resources.enter_context(tempfile.TemporaryFile())
-            ours, theirs = socket.socketpair()
-            self.socket = resources.enter_context(ours)
-            with theirs:
-                command = _command(theirs.fileno(), limits, isolated)
-                # From the event loop's thread, which lives on: bubblewrap's --die-with-parent goes by the thread.
-                self.child = subprocess.Popen(
-                    [*_bubblewrap(), *command] if isolated else command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=self.file,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[theirs.fileno()],
-                    env=_ENVIRONMENT | {"HOME": "/tmp" if isolated else folder},
-                    cwd=folder,
-                    start_new_session=True,
+            folder = ""
+            if sandbox.level == NONE:
+                folder = resources.enter_context(
+                    tempfile.TemporaryDirectory(prefix="axpo-", ignore_cleanup_errors=True)
                 )
-            resources.callback(self.kill)
+            self.file = resources.enter_context(tempfile.TemporaryFile())
+            ours, channel = socket.socketpair()
+            self.lifeline, lifeline = socket.socketpair()
+            resources.enter_context(ours)
+            resources.enter_context(self.lifeline)
+            with channel, lifeline:
+                sandbox.start(folder, channel.fileno(), self.file.fileno(), lifeline.fileno())
+            self.socket, self.sandbox = ours, sandbox
             self.resources = resources.pop_all()
+
+    def connect_now(self) -> None:
+        """Wait, blocking, until it is ready. Raises SystemFault."""
+        self.socket.settimeout(START)
+        try:
+            ready = self.socket.recv(16)
+        except TimeoutError as error:
+            raise self.not_started(error) from error
+        if ready != b"0 0\n":
+            raise self.not_started(EOFError())
 
     async def connect(self) -> None:
         self.reader, self.writer = await asyncio.open_unix_connection(sock=self.socket)
         self.resources.callback(self.writer.transport.abort)
         await self.receive(0)
 
-    async def exchange(self, code: str) -> str:
-        """The traceback, or "". Raises OSError, EOFError or ValueError where the child has died or talks nonsense."""
+    def not_started(self, error: Exception) -> SystemFault:
+        reason = self.output().strip() or self.sandbox.complaints() or type(error).__name__
+        return SystemFault(f"the interpreter did not start: {reason}")
+
+    async def exchange(self, code: str, images: Sequence[bytes]) -> tuple[str, list[bytes]]:
+        """The traceback, or "", and the pictures. Raises OSError, EOFError or ValueError where the interpreter has
+        died or talks nonsense."""
         self.file.truncate(0)
-        self.file.seek(0)  # the child shares this offset
+        self.file.seek(0)  # the interpreter shares this offset
         self.requests += 1
-        data = code.encode("utf-8", "replace")
-        self.writer.write(b"%d\n%b" % (len(data), data))
+        data, new = code.encode("utf-8", "replace"), images[self.images :]
+        self.images = len(images)
+        self.writer.write(" ".join(map(str, (len(data), *map(len, new)))).encode() + b"\n")
+        for part in (data, *new):
+            self.writer.write(part)
         await self.writer.drain()
         return await self.receive(self.requests)
 
-    async def receive(self, number: int) -> str:
+    async def receive(self, number: int) -> tuple[str, list[bytes]]:
         while True:
-            answered, length = map(int, (await self.reader.readline()).split())
-            if not 0 <= length <= _REPORT:
-                raise ValueError(f"a report of {length} bytes")
+            answered, length, *sizes = map(int, (await self.reader.readline()).split())
+            if not 0 <= length <= _REPORT or len(sizes) > PICTURES or not all(0 <= s <= _PICTURE for s in sizes):
+                raise ValueError(f"a reply of {length} and {sizes} bytes")
             report = await self.reader.readexactly(length)
+            pictures = [await self.reader.readexactly(size) for size in sizes]
             if answered == number:
-                return report.decode("utf-8", "replace")
+                return report.decode("utf-8", "replace"), pictures
 
     def output(self) -> str:
         """What was printed since the last request, its middle left out where it is long."""
         size = os.fstat(self.file.fileno()).st_size
-        text = os.pread(self.file.fileno(), size, 0).decode("utf-8", "replace")
-        if len(text) <= OUTPUT:
-            return text
-        half = OUTPUT // 2
-        return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
-
-    def kill(self) -> None:
-        if not self.dead:
-            os.killpg(self.child.pid, signal.SIGKILL)
-            self.child.wait()
-
-    @property
-    def dead(self) -> bool:
-        return self.child.returncode is not None
+        return cut(os.pread(self.file.fileno(), size, 0).decode("utf-8", "replace"), OUTPUT)
 
     def close(self) -> None:
         self.resources.close()
 
 
-async def _start(isolated: bool, limits: Limits) -> _Process:
-    try:
-        process = _Process(isolated, limits)
-    except OSError as error:
-        raise SystemFault(f"no interpreter can be started: {error}") from error
+async def _start(sandbox: Sandbox) -> _Process:
+    process = _Process(sandbox)
     try:
         async with asyncio.timeout(START):
             await process.connect()
     except (OSError, EOFError, ValueError) as error:
-        process.kill()
-        reason = process.output().strip() or type(error).__name__
+        fault = process.not_started(error)
         process.close()
-        raise SystemFault(f"the interpreter did not start: {reason}") from error
+        raise fault from error
     except BaseException:
         process.close()
         raise
     return process
 
 
-def _join(output: str, report: str) -> str:
-    return "\n".join(part for part in (output.rstrip("\n"), report.rstrip("\n")) if part) or NO_OUTPUT
+def tell(output: str, report: str, pictures: Sequence[bytes], fault: Fault | None) -> ToolResult:
+    """What the policy sees. The pictures were made by its code: one that is no small PNG is left out."""
+    images = [picture for picture in pictures if is_small_png(picture)]
+    notes = []
+    if len(images) < len(pictures):
+        why = f"broken or of more than {PICTURE_PIXELS} pixels"
+        notes.append(f"[{len(pictures) - len(images)} pictures left out: {why}]")
+    parts = [part for part in (output.rstrip("\n"), report.rstrip("\n"), *notes) if part]
+    return ToolResult("\n".join(parts) or ("" if images else NO_OUTPUT), tuple(images), fault)
 
 
-def _command(channel: int, limits: Limits, isolated: bool) -> list[str]:
-    arguments = (channel, limits.memory, limits.cpu, limits.file, limits.processes if isolated else 0)
-    # Not -I, which would ignore PYTHONHASHSEED: a set must print alike in every run.
-    program = [_executable(), "-P", "-s", "-S", "-u", "-X", "utf8", "-c", _PROGRAM.read_text(encoding="utf-8")]
-    return [*program, *map(str, arguments), *_packages()]
+def is_small_png(data: bytes) -> bool:
+    """Whether the bytes are a whole PNG of at most PICTURE_PIXELS pixels."""
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.width * image.height > 1.01 * PICTURE_PIXELS:
+                return False
+            image.load()
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
+        return False
+    return True
 
 
 def _executable() -> str:
@@ -210,42 +323,29 @@ def _packages() -> list[str]:
 
 
 def _bubblewrap() -> list[str]:
-    """The command line up to the program: namespaces, and the few folders that are to be seen, read-only."""
-    command = [
-        shutil.which("bwrap") or "bwrap",
-        "--unshare-user",
-        "--unshare-all",
-        "--uid",
-        "65534",
-        "--gid",
-        "65534",
-        "--cap-drop",
-        "ALL",
-    ]
-    command += ["--die-with-parent", "--new-session", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    """The command line: namespaces, and the few folders that are to be seen, read-only."""
+    command = [shutil.which("bwrap") or "bwrap", "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
+    command += [f"--unshare-{namespace}" for namespace in ("user", "pid", "ipc", "net", "uts")]
     for folder in ("/usr", "/bin", "/lib", "/lib32", "/lib64"):
         if os.path.islink(folder):
             command += ["--symlink", os.readlink(folder), folder]
         elif os.path.isdir(folder):
             command += ["--ro-bind", folder, folder]
-    for path in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
-        command += ["--ro-bind-try", path, path]
-    for path in (_executable(), os.path.join(sys.base_prefix, "lib"), *_packages()):
-        if os.path.exists(path) and not path.startswith("/usr/"):
-            command += ["--ro-bind", path, path]
-    return [*command, "--remount-ro", "/", "--chdir", "/tmp"]
-
-
-@functools.cache
-def isolation_works() -> bool:
-    """Whether bubblewrap is installed and may do its work here. Logs one warning if not."""
-    reason = "bubblewrap (bwrap) is not installed"
-    if shutil.which("bwrap"):
-        trial = subprocess.run(
-            [*_bubblewrap(), _executable(), "-I", "-S", "-c", ""], capture_output=True, text=True, check=False
-        )
-        if trial.returncode == 0:
-            return True
-        reason = f"bubblewrap does not work here ({trial.stderr.strip()})"
-    logger.warning("%s: the python tool runs the policy's code in a plain child process", reason)
-    return False
+    shown = [
+        path for path in (_executable(), os.path.join(sys.base_prefix, "lib"), *_packages()) if os.path.exists(path)
+    ]
+    shown = [path for path in shown if not path.startswith("/usr/")]
+    system = [p for p in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/etc/fonts") if os.path.exists(p)]
+    # bubblewrap makes the folders above a mount for its own user only, unless told of each.
+    above = {str(folder) for path in (*shown, *system, "/dev/null") for folder in Path(path).parents}
+    for folder in sorted(above - {"/"}):
+        command += ["--dir", folder]
+    for path in (*system, *shown):
+        command += ["--ro-bind", path, path]
+    # Not --dev, whose /dev may be written into without bound.
+    for device in ("null", "zero", "full", "random", "urandom"):
+        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    for link, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1")):
+        command += ["--symlink", target, f"/dev/{link}"]
+    command += ["--symlink", "/proc/self/fd/2", "/dev/stderr", "--symlink", "/tmp", "/dev/shm"]
+    return [*command, "--proc", "/proc", "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/"]
