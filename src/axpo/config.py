@@ -121,8 +121,13 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def _spelled_out(data: dict[str, Any]) -> dict[str, Any]:
-    """`method: NAME` as `method: {name: NAME}`, so that it can be merged."""
-    return {**data, "method": {"name": data["method"]}} if isinstance(data.get("method"), str) else data
+    """`method: NAME` as `method: {name: NAME}`, and `tools: [NAME]` as `tools: {names: [NAME]}`, to be merged."""
+    found = dict(data)
+    if isinstance(data.get("method"), str):
+        found["method"] = {"name": data["method"]}
+    if isinstance(data.get("tools"), list):
+        found["tools"] = {"names": data["tools"]}
+    return found
 
 
 def _without_defaults_of_method(data: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
@@ -186,15 +191,16 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
     if isinstance(sources, dict):
         sources.update({key: resolve(value) for key, value in sources.items()})
     if isinstance(tools, dict):
-        if "corpus" in tools:
-            tools["corpus"] = resolve(tools["corpus"])
-        if isinstance(tools.get("names"), list):
-            tools["names"] = [resolve(n) if isinstance(n, str) and n.endswith(".py") else n for n in tools["names"]]
+        tools.update({key: resolve(tools[key]) for key in ("corpus", "embedder", "cache") if key in tools})
+    for section, key in ((tools, "names"), (data.get("eval"), "tools")):
+        if isinstance(section, dict) and isinstance(section.get(key), list):
+            section[key] = [resolve(n) if isinstance(n, str) and n.endswith(".py") else n for n in section[key]]
 
 
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Both, section by section; what is a mapping within a section is one value."""
     result = dict(base)
     for key, value in extra.items():
         old = result.get(key)
-        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        result[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
     return result

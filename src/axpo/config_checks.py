@@ -86,11 +86,12 @@ def _other_problems(config: "Config") -> list[str]:
             f"rollout.max_tokens: got {config.rollout.max_tokens}, "
             f"must be at most rollout.max_context = {config.rollout.max_context}"
         )
-    if "search" in config.tools.names and config.tools.corpus is None:
-        problems.append(
-            "tools.corpus: got nothing, but tools.names has 'search', "
-            "which needs a .jsonl or .parquet file of documents, or 'miniature'"
-        )
+    for key, names in (("tools.names", config.tools.names), ("eval.tools", config.eval.tools)):
+        if "search" in names and config.tools.search == "local" and config.tools.corpus is None:
+            problems.append(
+                f"tools.corpus: got nothing, but {key} has 'search', "
+                "which needs a .jsonl or .parquet file of documents, or 'miniature', unless tools.search says otherwise"
+            )
     if config.train.autocast and config.dtype != "float32":
         problems.append(
             f"train.autocast: got true, but with dtype = {config.dtype} all is computed in it; must be false"

@@ -2,13 +2,14 @@
 
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 MINIATURE = "miniature"
-BUILT_IN_TOOLS = ("zoom", "python", "search")
+BUILT_IN_TOOLS = ("zoom", "python", "search", "image_search")
 
 
 def _not_bool(value: Any) -> Any:
@@ -27,12 +28,45 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Source = Literal["miniature"] | AbsolutePath | None
 
 
-def _tool(name: str) -> str:
-    if name.endswith(".py"):
-        return str(_absolute(Path(name)))
-    if name not in BUILT_IN_TOOLS:
-        raise ValueError(f"must be one of {', '.join(BUILT_IN_TOOLS)}, or a Python file (.py)")
-    return name
+def _tool(given: Any) -> str | dict[str, Any]:
+    names = f"one of {', '.join(BUILT_IN_TOOLS)}, a Python file (.py), or {{mcp: COMMAND or URL}}"
+    if isinstance(given, dict) and isinstance(given.get("mcp"), str) and given.keys() <= {"mcp", "env", "only"}:
+        for key in ("env", "only"):
+            names_of_key = given.get(key, [])
+            if not isinstance(names_of_key, list) or not all(isinstance(name, str) for name in names_of_key):
+                raise ValueError(f"must have a list of names as {key!r}")
+        return given
+    if isinstance(given, str) and given.endswith(".py"):
+        return str(_absolute(Path(given)))
+    if given not in BUILT_IN_TOOLS:
+        raise ValueError(f"must be {names}")
+    return str(given)
+
+
+def _named_or_url(names: Sequence[str], with_url: Mapping[str, str]) -> Callable[[Any], str | dict[str, str]]:
+    """Checks a choice between plain names and names with an address: `local`, or `{searxng: http://…}`."""
+    forms = [*names, *(f"{{{name}: {form}}}" for name, form in with_url.items())]
+
+    def check(given: Any) -> str | dict[str, str]:
+        if isinstance(given, str) and given in names:
+            return given
+        if isinstance(given, dict) and len(given) == 1 and given.keys() <= with_url.keys():
+            ((name, address),) = given.items()
+            if isinstance(address, str) and address:
+                return {name: address}
+        raise ValueError(f"must be {', '.join(forms[:-1])} or {forms[-1]}")
+
+    return check
+
+
+_sandbox = _named_or_url(("bubblewrap", "none_i_trust_the_policy"), {"remote": "URL"})
+_search = _named_or_url(
+    ("local", "tavily", "serper"), {"tavily": "URL", "serper": "URL", "searxng": "URL", "url": "TEMPLATE"}
+)
+
+
+def _default_cache() -> Path:
+    return _absolute(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "axpo")
 
 
 def _checkpoint(name: str) -> str:
@@ -45,7 +79,7 @@ def _device(name: str) -> str:
     return name
 
 
-Tool = Annotated[str, AfterValidator(_tool)]
+Tool = Annotated[str | dict[str, Any], PlainValidator(_tool)]
 Checkpoint = Annotated[str, AfterValidator(_checkpoint)]
 Device = Annotated[str, AfterValidator(_device)]
 
@@ -76,18 +110,43 @@ class DataConfig(Section):
 
 
 class ToolsConfig(Section):
-    """What the policy may call."""
+    """What the policy may call. `tools: [NAME, ...]` says the same as `tools: {names: [NAME, ...]}`."""
 
     names: list[Tool] = []
-    """"zoom", "python", "search", or a Python file whose functions are tools. Default: none."""
-    corpus: Source = None
-    """Documents for `search`: .jsonl or .parquet with `title` and `text`, or "miniature". Default: none."""
+    """"zoom", "python", "search", "image_search", a Python file whose functions and classes are tools, or {mcp: COMMAND
+    or URL} for those of an MCP server (`env`: variables that the command gets, `only`: the tools to take).
+    Default: none."""
     timeout: Real = Field(default=30.0, gt=0)
     """Seconds a call may take. Default: 30 (as Qwen-Agent)."""
+    rollout_timeout: Real = Field(default=300.0, gt=0)
+    """Seconds that all calls of a rollout may take; one that has begun may end. Default: 300."""
+    concurrency: Integer = Field(default=64, ge=1)
+    """Calls of one tool that run at once; others wait, which does not count. Default: 64."""
+    sandbox: Annotated[str | dict[str, str], PlainValidator(_sandbox)] = "bubblewrap"
+    """Where `python` runs: bubblewrap, {remote: URL} of a SandboxFusion service, or none_i_trust_the_policy, a plain
+    child process (axpo/tools/sandbox.py says what each does not protect from). Default: bubblewrap."""
     zoom_pixels: Integer = Field(default=262144, ge=32 * 32)
     """Pixels that a zoomed crop is enlarged to at least. Default: 262144 (as Qwen-Agent)."""
+    search: Annotated[str | dict[str, str], PlainValidator(_search)] = "local"
+    """What `search` asks: local (the corpus), tavily, serper, {searxng: URL}, or {url: TEMPLATE} with {query} in it, as
+    in axpo/tools/providers.py. Keys come from the environment. Default: local."""
+    corpus: Source = None
+    """Documents for local search: .jsonl or .parquet with `title` and `text`, or "miniature". Default: none."""
+    embedder: AbsolutePath | None = None
+    """Folder of a sentence-transformers checkpoint whose ranking is merged with BM25's. Default: none, BM25 alone."""
     search_results: Integer = Field(default=3, ge=1)
     """Documents that one search returns. Default: 3."""
+    search_tokens: Integer = Field(default=2048, ge=16)
+    """Tokens that the documents of one search are cut to. Default: 2048."""
+    search_rate: Real = Field(default=5.0, gt=0)
+    """Requests a second to a provider of search, of all rollouts together. Default: 5."""
+    cache: AbsolutePath = Field(default_factory=_default_cache)
+    """Folder that keeps what providers have answered, and the corpus's index. Default: axpo in the user's cache."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_names(cls, data: Any) -> Any:
+        return {"names": data} if isinstance(data, list) else data
 
 
 class RolloutConfig(Section):
@@ -238,6 +297,9 @@ class EvalConfig(Section):
 
     every: Integer = Field(default=0, ge=0)
     """Training steps between evaluations. Default: 0, only at the end."""
+    tools: list[Tool] = []
+    """What evaluation offers besides tools.names: the place of `image_search`, which the paper's policies do not train
+    with. Default: none."""
     questions: Integer = Field(default=0, ge=0)
     """Questions to evaluate on. Default: 0, all of them."""
     samples: Integer = Field(default=4, ge=1)
