@@ -274,6 +274,14 @@ def test_exif_orientation_is_applied(chat: Chat) -> None:
     assert chat.encode_image(png(128, 64, exif=exif)).grid == (1, 8, 4)
 
 
+def test_a_transparent_image_is_seen_over_white(chat: Chat, image_processor: Any) -> None:
+    file = io.BytesIO()
+    PIL.Image.new("RGBA", (64, 64), (10, 20, 30, 51)).save(file, "PNG")
+    pixels, _ = chat.pixels([chat.encode_image(file.getvalue())])
+    seen = PIL.Image.new("RGB", (64, 64), (206, 208, 210))  # a fifth of the colour, four of white
+    assert torch.equal(pixels, image_processor(images=[seen], return_tensors="pt")["pixel_values"])
+
+
 @pytest.mark.parametrize("data", [b"", b"not an image", png(64, 64)[:60], png(2, 900)])
 def test_image_that_does_not_open_is_named(chat: Chat, data: bytes) -> None:
     content = [{"type": "image"}, {"type": "image"}]

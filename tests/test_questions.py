@@ -192,6 +192,19 @@ def test_a_trajectory(tmp_path: Path) -> None:
     assert load_questions(path) == [trajectory.question]
 
 
+def test_an_image_that_is_too_large_costs_its_question(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (9, 5)).save(tmp_path / "large.png")
+    monkeypatch.setattr("axpo.images.MAX_PIXELS", 44)
+    path = jsonl(tmp_path, row(id="first"), row(id="large", images=["large.png"]))
+    assert [question.id for question in load_questions(path)] == ["first"]
+    (message,) = caplog.messages
+    assert "left out question 'large' (line 2): image 'large.png' does not open: it has 9 × 5 pixels" in message
+    with pytest.raises(DataError, match="9 × 5 pixels, and 44 are allowed"):
+        load_questions(jsonl(tmp_path, row(images=["large.png"])))
+
+
 def test_a_trajectory_with_an_image_that_does_not_open_is_left_out(tmp_path: Path) -> None:
     turns = [
         {"role": "assistant", "content": CALL},

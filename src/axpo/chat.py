@@ -6,7 +6,6 @@ template renders after a finished assistant turn, and the conversation itself is
 """
 
 import hashlib
-import io
 import re
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import PIL.Image
-import PIL.ImageOps
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from axpo.images import open_image
 from axpo.tree import CallSpan, Image
 
 Message = Mapping[str, Any]
@@ -254,9 +252,9 @@ class Chat:
         key = hashlib.blake2b(data).digest()
         if key not in self._pixels:
             try:
-                picture = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))).convert("RGB")
+                picture = open_image(data).convert("RGB")
                 features = self.image_processor(images=[picture], return_tensors="pt")
-            except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            except ValueError as error:
                 raise ChatError(f"the image ({len(data)} bytes) does not open: {error}") from error
             t, h, w = features["image_grid_thw"][0].tolist()
             self._pixels[key] = (features["pixel_values"].float(), (t, h, w))

@@ -8,7 +8,6 @@ bytes), `options` (the texts of the choices A, B, …, for checking only: the qu
 
 import base64
 import binascii
-import io
 import json
 import logging
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
+from axpo.images import ImageError, check_image
 
 logger = logging.getLogger(__name__)
 
@@ -250,10 +249,8 @@ def _texts(values: list[Any], key: str, where: str) -> list[str]:
 def _image(source: Any, folder: Path, where: str) -> bytes:
     data = _image_bytes(source, folder, where)
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.draft(image.mode, (1, 1))  # a JPEG is read to its end, but decoded at an eighth of its size
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        check_image(data)
+    except ImageError as error:
         raise _ImageError(f"image {_name(source)} does not open: {error}") from error
     return data
 

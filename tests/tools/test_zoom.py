@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from axpo import images
+from axpo.images import open_image
 from axpo.tools.base import Conversation, PolicyFault, SystemFault, Toolbox, ToolResult, encode_png
-from axpo.tools.zoom import crop_box, enlarged, make_zoom
+from axpo.tools.zoom import crop_box, make_zoom, result_size
 
 
 def gradient(width: int, height: int) -> PIL.Image.Image:
@@ -28,7 +30,7 @@ def encoded(image: PIL.Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
-def zoom(conversation: Conversation, bbox: list[float], index: int = 0, min_pixels: int = 1) -> ToolResult:
+def zoom(conversation: Conversation, bbox: Any, index: Any = 0, min_pixels: int = 1) -> ToolResult:
     toolbox = Toolbox([make_zoom(min_pixels)])
     arguments = {"bbox_2d": bbox, "label": "spot", "img_idx": index}
     call = json.dumps({"name": "image_zoom_in_tool", "arguments": arguments})
@@ -71,17 +73,27 @@ def test_boxes_in_pixels(bbox: list[float], size: tuple[int, int], box: tuple[in
         ((1000, 500), 262_144, (992, 512)),  # large enough: the nearest multiples
         ((20, 50), 1, (32, 64)),
         ((64, 64), 128 * 128, (128, 128)),
+        ((1, 1), 262_144, (512, 512)),
+        ((1, 100), 262_144, (64, 5120)),  # times 51.2: 51.2 and 5120
+        ((3584, 3584), 262_144, (3584, 3584)),  # 12,845,056 pixels exactly
+        ((8192, 8192), 262_144, (3584, 3584)),
+        ((16_000, 4000), 262_144, (7168, 1792)),  # times 0.448
+        ((16_000, 4100), 262_144, (7072, 1792)),  # times 0.4425: 7080.1 and 1814.3, rounded down
+        ((8192, 8192), 16_000_000, (4000, 4000)),  # the least size goes before the largest
     ],
 )
 def test_sizes_after_enlarging(size: tuple[int, int], min_pixels: int, result: tuple[int, int]) -> None:
-    assert enlarged(*size, min_pixels) == result
+    assert result_size(*size, min_pixels) == result
 
 
-@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 1_000_000))
+@given(st.integers(1, 20_000), st.integers(1, 20_000), st.integers(1, 1_000_000))
 def test_every_enlarged_image_is_of_whole_tokens_and_large_enough(width: int, height: int, min_pixels: int) -> None:
-    wide, high = enlarged(width, height, min_pixels)
+    wide, high = result_size(width, height, min_pixels)
     assert wide % 32 == high % 32 == 0
     assert wide * high >= min_pixels
+    if max(width, height) <= 100 * min(width, height):
+        assert wide * high <= 12_845_056
+        assert max(wide, high) < 200 * min(wide, high)  # or image processors refuse it
 
 
 coordinate = st.floats(-200, 1200)
@@ -139,11 +151,38 @@ def test_a_rotated_photo_is_cropped_as_it_is_seen() -> None:
     assert np.array_equal(shown, np.full_like(shown, (0, 0, 255)))
 
 
-@pytest.mark.parametrize("mode", ["P", "L", "RGBA", "CMYK", "I;16", "1"])
-def test_other_colour_modes(mode: str) -> None:
-    kind = "JPEG" if mode == "CMYK" else "PNG"
-    conversation = Conversation([encoded(PIL.Image.new(mode, (40, 40)), kind)])
-    assert pixels(zoom(conversation, [0, 0, 1000, 1000])).shape == (32, 32, 3)
+def awkward() -> dict[str, bytes]:
+    """Pictures of 96 × 64 that look other than they are stored, in one way or another."""
+    noise = np.random.default_rng(3).integers(0, 256, (64, 96, 4), dtype=np.uint8)
+    colour, clear = PIL.Image.fromarray(noise[..., :3]), PIL.Image.fromarray(noise)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    stored = colour.transpose(PIL.Image.Transpose.ROTATE_90)
+    return {
+        "RGB": encoded(colour),
+        "RGBA": encoded(clear),
+        "LA": encoded(clear.convert("LA")),
+        "L": encoded(colour.convert("L")),
+        "1": encoded(colour.convert("1")),
+        "P": encoded(colour.convert("P"), transparency=5),
+        "RGB, one colour transparent": encoded(colour, transparency=tuple(noise[0, 0, :3].tolist())),
+        "I;16": encoded(PIL.Image.fromarray(noise[..., 0].astype(np.uint16) * 256 + 9)),
+        "F": encoded(PIL.Image.fromarray(noise[..., 0].astype(np.float32)), "TIFF"),
+        "CMYK": encoded(colour.convert("CMYK"), "JPEG"),
+        "turned": encoded(stored, exif=exif),
+        "GIF": encoded(colour, "GIF", save_all=True, append_images=[colour.rotate(180)]),
+    }
+
+
+@pytest.mark.parametrize("name", awkward())
+def test_what_is_cropped_is_what_the_model_sees(name: str) -> None:
+    data = awkward()[name]
+    seen = np.asarray(open_image(data).convert("RGB"))
+    assert seen.shape == (64, 96, 3)
+    assert len(np.unique(seen)) > 1
+    assert np.array_equal(pixels(zoom(Conversation([data]), [0, 0, 1000, 1000])), seen)
+    right = pixels(zoom(Conversation([data]), [334, 0, 1000, 1000]))  # pixels 32 to 96
+    assert np.array_equal(right, seen[:, 32:])
 
 
 @pytest.mark.parametrize(
@@ -161,13 +200,31 @@ def test_other_colour_modes(mode: str) -> None:
         ([0, 0, math.inf, 100], 0, "finite"),
         ([0, 0, 100, 100], 1, "has 1, from index 0"),
         ([0, 0, 100, 100], -1, "has 1, from index 0"),
+        ([300, 200, 200, 100], 0, "empty or reversed"),
+        ([0, 0, 100], 0, "not 3"),
+        ([], 0, "not 0"),
+        ([0.0] * 10_000, 0, "not 10000"),
+        ([5, 5, 5, 5], 0, "[5, 5, 5, 5] is empty"),
+        ([1e300, 0, 1e301, 100], 0, "outside the image"),
+        ([10**400, 0, 0, 100], 0, "bbox_2d[0]"),
         (["0", 0, 100, 100], 0, "bbox_2d[0]"),
+        ([True, 0, 100, 100], 0, "bbox_2d[0]"),
+        ([None, 0, 100, 100], 0, "bbox_2d[0]"),
+        ([[0, 0, 100, 100]], 0, "bbox_2d[0]"),
+        ("[0, 0, 100, 100]", 0, "valid array"),
+        ({"x1": 0}, 0, "valid array"),
+        (None, 0, "valid array"),
+        (7, 0, "valid array"),
+        ([0, 0, 100, 100], 10**30, "has 1, from index 0"),
+        ([0, 0, 100, 100], 0.5, "img_idx"),
+        ([0, 0, 100, 100], "0", "img_idx"),
     ],
 )
-def test_faults_of_the_policy(bbox: list[Any], index: int, complaint: str) -> None:
+def test_faults_of_the_policy(bbox: Any, index: Any, complaint: str) -> None:
     result = zoom(Conversation([encoded(gradient(100, 100))]), bbox, index)
     assert result.fault == "bad_arguments"
     assert complaint in result.text
+    assert len(result.text) < 300
     assert result.images == ()
 
 
@@ -195,7 +252,60 @@ def test_the_schema_is_that_of_the_qwen_agents() -> None:
     assert types == {"bbox_2d": "array", "label": "string", "img_idx": "integer"}
 
 
-def test_a_crop_too_thin_for_an_image_processor_is_the_policys_fault():
-    wide = encode_png(PIL.Image.new("RGB", (7680, 320)))
-    with pytest.raises(PolicyFault, match="too thin"):
-        make_zoom()([0, 500, 1000, 501], "line", 0, Conversation([wide]))
+@pytest.mark.parametrize(
+    ("size", "bbox", "crop"),
+    [
+        ((7680, 320), [0, 500, 1000, 501], "7680 × 32 pixels"),
+        ((1, 500), [0, 0, 1000, 1000], "1 × 500 pixels"),
+        ((500, 1), [0, 0, 1000, 1000], "500 × 1 pixels"),
+    ],
+)
+def test_a_crop_too_thin_for_an_image_processor_is_the_policys_fault(
+    size: tuple[int, int], bbox: list[float], crop: str
+) -> None:
+    result = zoom(Conversation([encode_png(PIL.Image.new("RGB", size))]), bbox)
+    assert result.fault == "bad_arguments"
+    assert "too thin" in result.text
+    assert crop in result.text
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.lists(st.integers(-300, 1300), min_size=4, max_size=4))
+def test_any_box_of_a_small_image_is_cropped_or_refused(width: int, height: int, bbox: list[float]) -> None:
+    data = encode_png(gradient(width, height))
+    result = zoom(Conversation([data]), bbox)
+    if result.fault:
+        assert (result.fault, "bbox_2d" in result.text) == ("bad_arguments", True)
+        return
+    image = PIL.Image.open(io.BytesIO(result.images[0]))
+    left, top, right, bottom = crop_box(bbox, width, height)
+    assert image.size == result_size(right - left, bottom - top, 1)
+    part = np.asarray(gradient(width, height))[top:bottom, left:right]
+    resized = PIL.Image.fromarray(np.ascontiguousarray(part)).resize(image.size, PIL.Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(image), np.asarray(resized))
+
+
+def test_an_image_that_is_too_large_is_the_policys_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = Conversation([encoded(gradient(100, 100))])
+    monkeypatch.setattr(images, "MAX_PIXELS", 9_999)
+    monkeypatch.setattr(images, "_opened", images._Opened(10**9))
+    result = zoom(conversation, [0, 0, 500, 500])
+    assert result.fault == "bad_arguments"
+    assert "image 0 is too large to zoom in: it has 100 × 100 pixels, and 9,999 are allowed." in result.text
+
+
+def test_many_rollouts_decode_an_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, decoded, decode = encoded(gradient(251, 200)), [], images._decode
+    monkeypatch.setattr(images, "_decode", lambda data: decoded.append(data) or decode(data))
+    toolbox = Toolbox([make_zoom(1)])
+
+    async def rollout() -> list[ToolResult]:
+        calls = ({"bbox_2d": [x, 0, x + 500, 1000], "label": "", "img_idx": 0} for x in (0, 200, 400))
+        return [await toolbox.call("image_zoom_in_tool", call, Conversation([data])) for call in calls]
+
+    async def all_rollouts() -> list[list[ToolResult]]:
+        return await asyncio.gather(*(rollout() for _ in range(8)))
+
+    results = asyncio.run(all_rollouts())
+    assert decoded == [data]
+    assert all(result == results[0] for result in results)
+    assert len({result.images for result in results[0]}) == 3
