@@ -26,7 +26,7 @@ from axpo.tools.interpreter import session
 if sys.platform == "linux":
     from axpo.tools.interpreter import confine
 
-PRELOADED = ("numpy", "sympy", "PIL.Image", "PIL.ImageDraw", "PIL.ImageFilter", "PIL.ImageOps", "matplotlib.pyplot")
+PRELOADED = ("random", "numpy.random", "sympy", "PIL.Image", "PIL.ImageDraw", "PIL.ImageFilter", "PIL.ImageOps", "matplotlib.pyplot")
 ROOT = ""  # the folder that axpo itself was imported from, for the template alone
 _CHANNEL = 3  # the only descriptor above 2 that an interpreter keeps
 
@@ -171,6 +171,7 @@ def _become(
     os.environ.clear()
     os.environ.update(setup.environment, HOME=home)
     _forget_the_template()
+    os.nice(10)  # below the trainer, and below the start of other interpreters
     session.serve(_CHANNEL)
 
 
