@@ -26,7 +26,16 @@ from axpo.tools.interpreter import session
 if sys.platform == "linux":
     from axpo.tools.interpreter import confine
 
-PRELOADED = ("random", "numpy.random", "sympy", "PIL.Image", "PIL.ImageDraw", "PIL.ImageFilter", "PIL.ImageOps", "matplotlib.pyplot")
+PRELOADED = (
+    "random",
+    "numpy.random",
+    "sympy",
+    "PIL.Image",
+    "PIL.ImageDraw",
+    "PIL.ImageFilter",
+    "PIL.ImageOps",
+    "matplotlib.pyplot",
+)
 ROOT = ""  # the folder that axpo itself was imported from, for the template alone
 _CHANNEL = 3  # the only descriptor above 2 that an interpreter keeps
 
@@ -157,7 +166,7 @@ def _become(
         sandbox.join()
         if os.fork():  # only a child is in the new pid namespace
             return
-    os.setsid()
+    os.setpgid(0, 0)  # no session of its own: the kernel may give each session an equal share of the processor
     os.dup2(channel, _CHANNEL)
     os.closerange(_CHANNEL + 1, 1 << 16)
     if sandbox is not None:
