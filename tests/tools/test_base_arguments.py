@@ -34,7 +34,8 @@ def run(tool: Any, arguments: dict[str, Any]) -> ToolResult:
     ("arguments", "complaint"),
     [
         ({"label": "x"}, "missing argument 'box'"),
-        ({"box": [1], "label": "x", "colour": 1}, "unknown argument 'colour'"),
+        ({"box": [1], "label": "x", "colour": 1}, "unknown argument 'colour'. point takes"),
+        ({"box": [1], "lable": "x"}, "missing argument 'label'; unknown argument 'lable' (did you mean 'label'?)"),
         ({"box": "1,2", "label": "x"}, "box: Input should be a valid array, not '1,2'"),
         ({"box": [1, 2, "3"], "label": "x"}, "box[2]: Input should be a valid number"),
         ({"box": [True], "label": "x"}, "box[0]: Input should be a valid number"),
@@ -135,9 +136,15 @@ def test_nan_is_json_to_python_but_no_argument() -> None:
     assert run_text('{"name": "point", "arguments": {"box": [1e999], "label": "x"}}').fault == "bad_arguments"
 
 
-def test_an_unknown_tool_is_answered_with_the_known_ones() -> None:
-    result = run_text('{"name": "pointer", "arguments": {}}')
-    assert result == ToolResult("Error: there is no tool 'pointer'. Tools: point.", fault=Fault.UNKNOWN_TOOL)
+@pytest.mark.parametrize(
+    ("name", "hint"), [("pointer", "Did you mean 'point'?"), ("search", "Tools: point."), ("p" * 101, "Tools: point.")]
+)
+def test_an_unknown_tool_is_answered_with_the_nearest_or_all(name: str, hint: str) -> None:
+    result = run_text(json.dumps({"name": name, "arguments": {}}))
+    assert result.fault == Fault.UNKNOWN_TOOL
+    assert result.text.startswith("Error: there is no tool 'p" if name != "search" else "Error: there is no tool 's")
+    assert result.text.endswith(hint)
+    assert len(result.text) < 110
 
 
 json_values = st.recursive(

@@ -1,73 +1,70 @@
-"""Tools: plain typed functions that the policy may call.
+"""Tools: plain typed functions that the policy may call, and the rules that hold for every call.
 
 A tool is a sync or async function with type hints and a Google-style docstring; both enter the prompt as its schema
 (`transformers.utils.get_json_schema`). It returns text, an image (PIL, or the bytes of a file), a list or tuple that
 mixes them, or a `ToolResult`. A parameter annotated `Conversation` is filled in by the toolbox and is not part of the
-schema. A function may carry its own deadline in seconds as an attribute `timeout`.
+schema. A function may carry attributes: `timeout`, its own deadline in seconds; `concurrency`, how many of its calls
+may run at once; `schema`, the JSON schema of its arguments, which it then takes by name whatever they are; `prepare`,
+an async function of the conversation, awaited before each attempt, whose time and failure are the system's; and
+`after_timeout`, a sentence that the policy reads when a call took too long.
 
 What goes wrong has one owner. The policy's fault (bad arguments, its code raised, too slow) is an observation. The
-system's fault (`SystemFault`, any `OSError`, an HTTP client's transport error) is tried again and then raised as
-`SystemFault`: the rollout is void. So a tool whose arguments name files must itself turn "no such file" into a
-`PolicyFault`, or the policy could void the rollouts it is losing.
+system's fault (`SystemFault`, any `OSError`, an HTTP client's transport error, see `is_system`) is tried again and then
+raised as `SystemFault`: the rollout is void. So a tool whose arguments name files must itself turn "no such file" into
+a `PolicyFault`, or the policy could void the rollouts it is losing.
 """
 
 import asyncio
-import contextvars
+import contextlib
 import functools
 import inspect
 import io
-import json
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from types import TracebackType
-from typing import Any, get_type_hints
+from typing import Any
 
 import PIL.Image
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.errors import PydanticUserError
-from transformers.utils.chat_template_utils import (
-    DocstringParsingException,
-    TypeHintParsingException,
-    get_json_schema,
+
+from axpo.tools.arguments import near, parse_call, read_arguments
+from axpo.tools.conversation import Conversation
+from axpo.tools.faults import (
+    Fault,
+    PolicyFault,
+    SystemFault,
+    ToolError,
+    alone,
+    cut,
+    described,
+    is_system,
+    short,
 )
+from axpo.tools.threads import Outcome, Worker
+
+__all__ = [
+    "Conversation",
+    "Fault",
+    "PolicyFault",
+    "SystemFault",
+    "Tool",
+    "ToolError",
+    "ToolResult",
+    "Toolbox",
+    "encode_png",
+]
 
 logger = logging.getLogger(__name__)
 
 Tool = Callable[..., Any]
 
 RETRY_AFTER = (0.1, 0.5)  # seconds before the second and the third attempt after a system fault
+READY = 60.0  # seconds that `prepare` may take
+GRACE = 1.0  # seconds that an async tool which was stopped may take to clean up
+_RAISED = 500  # characters of an exception that the policy sees
 _PNG = b"\x89PNG\r\n\x1a\n"
-_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class Fault(StrEnum):
-    """What the policy did wrong in a call."""
-
-    MALFORMED = "malformed"  # the call is not the JSON that was asked for
-    UNKNOWN_TOOL = "unknown_tool"
-    BAD_ARGUMENTS = "bad_arguments"
-    RAISED = "raised"  # the tool, or the policy's code in it, raised an exception
-    TIMEOUT = "timeout"
-
-
-class ToolError(ValueError):
-    """A tool cannot be offered: it is not described well enough, or its file or corpus cannot be used."""
-
-
-class PolicyFault(Exception):  # noqa: N818 (a fault, not a mistake in the program)
-    """Raised by a tool to tell the policy what it did wrong."""
-
-    def __init__(self, message: str, kind: Fault = Fault.BAD_ARGUMENTS) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-class SystemFault(Exception):  # noqa: N818
-    """Raised by a tool whose provider is down or whose sandbox is lost. The policy never sees it."""
 
 
 @dataclass(frozen=True)
@@ -79,52 +76,37 @@ class ToolResult:
     fault: Fault | None = None
 
 
-class Conversation:
-    """What tools may know and keep of one rollout.
-
-    `images` are the encoded files of all its images at their original resolution, in order, those that tools returned
-    included. `state` is for tools that keep something between calls, under a key of their own.
-    """
-
-    def __init__(self, images: Sequence[bytes] = ()) -> None:
-        self.images = list(images)
-        self.state: dict[str, Any] = {}
-        self._callbacks: list[Callable[[], object]] = []
-
-    def on_close(self, callback: Callable[[], object]) -> None:
-        """Call `callback` (sync or async) when the rollout ends, the last one registered first."""
-        self._callbacks.append(callback)
-
-    async def close(self) -> None:
-        """End the rollout. A callback that fails is logged; the others are called all the same."""
-        while self._callbacks:
-            try:
-                outcome = self._callbacks.pop()()
-                if inspect.isawaitable(outcome):
-                    await outcome
-            except Exception:
-                logger.exception("a tool could not be closed")
-
-    async def __aenter__(self) -> "Conversation":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
-
 class Toolbox:
-    """The tools that the policy is offered.
+    """The tools that the policy is offered, and the rules for their calls.
 
-    `timeout` is in seconds for each attempt at a call. Raises ToolError for two tools of one name, and for a function
-    that lacks a docstring, the description of an argument, or a type hint that JSON can express.
+    `timeout`: seconds for each attempt at a call. One that is not done by then is stopped and is the policy's fault. A
+    sync function cannot be stopped: it goes on in its thread, unheeded.
+
+    `rollout_timeout`: seconds of tool time that a rollout may use in all, None for no limit. It counts while a call
+    runs: not while it waits for its turn or its tool gets ready, nor attempts that end in a system fault, nor calls
+    that are repeated for a fork. A call that begins within it may still take its own `timeout`, so the bound for a
+    rollout is the sum of the two.
+
+    `concurrency`: how many calls of one tool may run at once, over all rollouts; the others wait in order, and their
+    time begins with their turn. It holds per event loop. A call that is stopped gives its place to the next even where
+    its thread hangs on, so that one bad call cannot block a tool; the threads left behind are counted and told in the
+    log.
+
+    Raises ToolError for two tools of one name, and for a function that lacks a docstring, the description of an
+    argument, or a type hint that JSON can express.
     """
 
-    def __init__(self, tools: Sequence[Tool], timeout: float = 30.0) -> None:
+    def __init__(
+        self,
+        tools: Sequence[Tool],
+        timeout: float = 30.0,
+        rollout_timeout: float | None = None,
+        concurrency: int | None = None,
+    ) -> None:
+        self._rollout_timeout = math.inf if rollout_timeout is None else rollout_timeout
         self._tools: dict[str, _Offer] = {}
         for function in tools:
-            offer = _Offer(function, timeout)
+            offer = _Offer(function, timeout, concurrency)
             if offer.name in self._tools:
                 raise ToolError(f"two tools are called {offer.name!r}")
             self._tools[offer.name] = offer
@@ -136,12 +118,12 @@ class Toolbox:
     @property
     def schemas(self) -> list[dict[str, Any]]:
         """One JSON schema a tool, as chat templates take them."""
-        return [offer.schema for offer in self._tools.values()]
+        return [offer.arguments.schema for offer in self._tools.values()]
 
     async def run(self, call_text: str, conversation: Conversation) -> ToolResult:
         """Run the call written between the tags: `{"name": ..., "arguments": {...}}`. Raises SystemFault only."""
         try:
-            name, arguments = _parse(call_text)
+            name, arguments = parse_call(call_text)
         except PolicyFault as fault:
             return _explain(fault)
         return await self.call(name, arguments, conversation)
@@ -149,7 +131,7 @@ class Toolbox:
     def named(self, call_text: str) -> str:
         """The tool that a call names, "" where that is none of these."""
         try:
-            name, _ = _parse(call_text)
+            name, _ = parse_call(call_text)
         except PolicyFault:
             return ""
         return name if name in self._tools else ""
@@ -157,17 +139,21 @@ class Toolbox:
     async def repeat(self, call_text: str, conversation: Conversation) -> None:
         """Run a call again for what its tool keeps in the conversation, if it is one that can. Raises SystemFault."""
         name = self.named(call_text)
-        if name and self._tools[name].conversation:
-            await self.run(call_text, conversation)
+        if name and self._tools[name].arguments.conversation:
+            used, conversation.tool_seconds = conversation.tool_seconds, 0.0
+            try:
+                await self.run(call_text, conversation)
+            finally:
+                conversation.tool_seconds = used
 
     async def call(self, name: str, arguments: Mapping[str, Any], conversation: Conversation) -> ToolResult:
         """Check the arguments and run the tool. Raises SystemFault only."""
         try:
-            offer = self._tools.get(name)
-            if offer is None:
-                known = ", ".join(self._tools) or "none"
-                raise PolicyFault(f"there is no tool {_short(name)}. Tools: {known}.", Fault.UNKNOWN_TOOL)
-            values = offer.check(arguments)
+            offer = self._offer(name)
+            values = offer.arguments.check(arguments)
+            if conversation.tool_seconds >= self._rollout_timeout:
+                used = f"this rollout has used its {self._rollout_timeout:g} s of tool time"
+                raise PolicyFault(f"{used}; answer without tools.", Fault.TIMEOUT)
             output = await offer.run_with_retries(values, conversation)
         except PolicyFault as fault:
             return _explain(fault)
@@ -175,55 +161,33 @@ class Toolbox:
             return _explain(PolicyFault("the arguments are nested too deeply"))
         try:
             return _result(output)
-        except (TypeError, OSError) as error:
+        except Exception as error:
             raise SystemFault(f"the tool {name!r} returned what cannot be shown: {error}") from error
+
+    def _offer(self, name: str) -> "_Offer":
+        if name in self._tools:
+            return self._tools[name]
+        meant = near(name, self._tools)
+        hint = f"Did you mean {meant!r}?" if meant else f"Tools: {', '.join(self._tools) or 'none'}."
+        raise PolicyFault(f"there is no tool {short(name)}. {hint}", Fault.UNKNOWN_TOOL)
 
 
 class _Offer:
-    """One tool: its function, the schema, and how its arguments are checked."""
+    """One tool with its limits: how a call of it runs."""
 
-    def __init__(self, function: Tool, timeout: float) -> None:
-        if not inspect.isroutine(function):
-            raise ToolError(f"a tool is a function, but {function!r} is not")
+    def __init__(self, function: Tool, timeout: float, concurrency: int | None) -> None:
+        self.arguments = read_arguments(function)
         self.name: str = function.__name__
         self.function = function
         self.timeout: float = getattr(function, "timeout", timeout)
-        signature, hints = inspect.signature(function), _hints(function)
-        for parameter in signature.parameters.values():
-            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                raise ToolError(f"tool {self.name!r}: the parameter {str(parameter)!r} cannot be passed by name")
-        self.conversation = [name for name, hint in hints.items() if hint is Conversation]
-        shown = {name: p for name, p in signature.parameters.items() if name not in self.conversation}
-        try:
-            self.schema = get_json_schema(_stand_in(function, shown, hints))
-            self.adapters = {name: TypeAdapter[Any](hints[name], config=_STRICT) for name in shown}
-        except (DocstringParsingException, TypeHintParsingException, PydanticUserError) as error:
-            raise ToolError(f"tool {self.name!r}: {error}") from error
-        self.required = [name for name, parameter in shown.items() if parameter.default is parameter.empty]
-
-    def check(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments as the function takes them. Raises PolicyFault that says what is wrong with them."""
-        wrong = [f"missing argument {name!r}" for name in self.required if name not in arguments]
-        values = {}
-        for name, value in arguments.items():
-            if name not in self.adapters:
-                wrong.append(f"unknown argument {_short(name)}")
-                continue
-            try:
-                values[name] = self.adapters[name].validate_json(json.dumps(_whole(value)))
-            except (ValidationError, PolicyFault) as error:
-                wrong.append(f"{name}{_complaint(error)}, not {_short(value)}")
-        if wrong:
-            raise PolicyFault(f"{'; '.join(wrong[:3])}. {self.name} takes {self.expected()}.")
-        return values
-
-    def expected(self) -> str:
-        properties: dict[str, Any] = self.schema["function"]["parameters"]["properties"]
-        described = [
-            f"{name} ({schema.get('type', 'any')}{'' if name in self.required else ', optional'})"
-            for name, schema in properties.items()
-        ]
-        return ", ".join(described) or "no arguments"
+        self.concurrency: int | None = getattr(function, "concurrency", concurrency)
+        if self.concurrency is not None and self.concurrency < 1:
+            raise ToolError(f"tool {self.name!r}: its concurrency is {self.concurrency}; at least 1 call must run")
+        self.prepare: Callable[[Conversation], Coroutine[Any, Any, None]] | None = getattr(function, "prepare", None)
+        self.after_timeout: str = getattr(function, "after_timeout", "")
+        # A semaphore belongs to the first event loop in which anybody waits for it.
+        self._turns: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
+        self._left: list[threading.Thread | asyncio.Future[Outcome]] = []  # stopped, but not ended
 
     async def run_with_retries(self, values: dict[str, Any], conversation: Conversation) -> Any:
         for pause in RETRY_AFTER:
@@ -235,91 +199,94 @@ class _Offer:
         return await self.run(values, conversation)
 
     async def run(self, values: dict[str, Any], conversation: Conversation) -> Any:
-        """One attempt. Every exception leaves it as either PolicyFault or SystemFault."""
-        call = functools.partial(self.function, **values, **dict.fromkeys(self.conversation, conversation))
+        """One attempt, when its turn comes. Raises PolicyFault or SystemFault."""
+        call = functools.partial(self.function, **values, **dict.fromkeys(self.arguments.conversation, conversation))
+        async with self._turn():
+            await self._get_ready(conversation)
+            start = time.monotonic()
+            try:
+                output, error = await self._outcome(call)
+                if error is not None:
+                    raise self._fault(error) from error
+            except SystemFault:
+                raise
+            except PolicyFault:
+                conversation.tool_seconds += time.monotonic() - start
+                raise
+            conversation.tool_seconds += time.monotonic() - start
+            return output
+
+    def _turn(self) -> contextlib.AbstractAsyncContextManager[None]:
+        if self.concurrency is None:
+            return contextlib.nullcontext()
+        for loop in [loop for loop in self._turns if loop.is_closed()]:
+            self._turns.pop(loop, None)
+        return self._turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.concurrency))
+
+    async def _get_ready(self, conversation: Conversation) -> None:
+        if self.prepare is None:
+            return
         try:
-            async with asyncio.timeout(self.timeout) as deadline:
-                return await (call() if inspect.iscoroutinefunction(self.function) else _in_thread(call))
-        except (PolicyFault, SystemFault):
-            raise
+            async with asyncio.timeout(READY):
+                await self.prepare(conversation)
         except (Exception, SystemExit) as error:
-            if isinstance(error, TimeoutError) and deadline.expired():
-                raise PolicyFault(f"{self.name} took longer than {self.timeout:g} s.", Fault.TIMEOUT) from error
-            if _is_transport(error):
-                raise SystemFault(f"{type(error).__name__}: {error}") from error
-            logger.debug("tool %s raised", self.name, exc_info=error)
-            raise PolicyFault(f"{type(error).__name__}: {error}", Fault.RAISED) from error
+            raise SystemFault(f"the tool {self.name!r} does not get ready: {described(error)}") from error
+
+    async def _outcome(self, call: Callable[[], Any]) -> Outcome:
+        """What the call returns or raises. Raises PolicyFault where it takes too long."""
+        thread: threading.Thread | None = None
+        work: asyncio.Future[Outcome]
+        if inspect.iscoroutinefunction(self.function):
+            work = asyncio.ensure_future(_caught(call()))
+        else:
+            worker = Worker()
+            work, thread = worker.submit(call), worker.thread
+        try:
+            if not (await asyncio.wait({work}, timeout=self.timeout))[0]:
+                text = f"{self.name} took longer than {self.timeout:g} s. {self.after_timeout}"
+                raise PolicyFault(text.strip(), Fault.TIMEOUT)
+        finally:
+            if not work.done():
+                work.cancel()
+                await asyncio.wait({work}, timeout=GRACE)
+                self._leave(thread or work)
+        if work.cancelled():
+            raise SystemFault(f"the tool {self.name!r} was cancelled, by none of its callers")
+        return work.result()
+
+    def _leave(self, rest: "threading.Thread | asyncio.Future[Outcome]") -> None:
+        if not _goes_on(rest):
+            return
+        self._left = [one for one in self._left if _goes_on(one)] + [rest]
+        count = len(self._left)
+        if count >= 8 and count & (count - 1) == 0:  # 8, 16, 32, …
+            logger.warning("tool %s: %d calls that took too long cannot be stopped and still run", self.name, count)
+
+    def _fault(self, error: BaseException) -> BaseException:
+        """Whose fault an exception is. What is meant for the program, such as KeyboardInterrupt, stays what it is."""
+        error = alone(error)
+        if isinstance(error, PolicyFault | SystemFault):
+            return error
+        if isinstance(error, asyncio.CancelledError):
+            return SystemFault(f"the tool {self.name!r} was cancelled, by none of its callers")
+        if not isinstance(error, Exception | SystemExit):
+            return error
+        if is_system(error):
+            return SystemFault(described(error))
+        logger.debug("tool %s raised", self.name, exc_info=error)
+        return PolicyFault(cut(f"{type(error).__name__}: {error}", _RAISED), Fault.RAISED)
 
 
-def _hints(function: Tool) -> dict[str, Any]:
+async def _caught(call: Coroutine[Any, Any, Any]) -> Outcome:
+    """The outcome of an async tool. A SystemExit that left its task would end the event loop."""
     try:
-        return get_type_hints(function)
-    except NameError as error:
-        raise ToolError(f"tool {function.__name__!r}: a type hint cannot be resolved: {error}") from error
+        return await call, None
+    except (Exception, SystemExit) as error:
+        return None, error
 
 
-def _stand_in(function: Tool, shown: Mapping[str, inspect.Parameter], hints: Mapping[str, Any]) -> Tool:
-    """What `get_json_schema` is to see: no conversation, and no return type, which would only lengthen the prompt."""
-
-    def stand_in() -> None: ...
-
-    stand_in.__name__ = function.__name__
-    stand_in.__doc__ = function.__doc__
-    stand_in.__annotations__ = {name: hints[name] for name in shown if name in hints}
-    stand_in.__signature__ = inspect.Signature(list(shown.values()))  # type: ignore[attr-defined]
-    return stand_in
-
-
-def _parse(call_text: str) -> tuple[str, dict[str, Any]]:
-    form = 'A call is {"name": <name>, "arguments": <object>}.'
-    try:
-        call = json.loads(call_text, object_pairs_hook=_unique)
-        if isinstance(call, dict) and isinstance(call.get("arguments"), str):
-            call["arguments"] = json.loads(call["arguments"], object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise PolicyFault(f"the call is not valid JSON: {error}. {form}", Fault.MALFORMED) from error
-    if not isinstance(call, dict):
-        raise PolicyFault(f"the call is not a JSON object. {form}", Fault.MALFORMED)
-    if call.keys() != {"name", "arguments"}:
-        keys = ", ".join(map(_short, call)) or "none"
-        raise PolicyFault(f"the call has these keys: {keys}. {form}", Fault.MALFORMED)
-    if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
-        raise PolicyFault(f"the name is not a string or the arguments are not an object. {form}", Fault.MALFORMED)
-    return call["name"], call["arguments"]
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {_short(key)} is given twice")
-        found[key] = value
-    return found
-
-
-def _whole(value: Any) -> Any:
-    """The value with 3.0 as 3, which JSON does not tell apart. Raises PolicyFault for NaN and infinities."""
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise PolicyFault(": Input should be a finite number")
-        return int(value) if value.is_integer() else value
-    if isinstance(value, list | tuple):
-        return [_whole(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _whole(item) for key, item in value.items()}
-    return value
-
-
-def _complaint(error: ValidationError | PolicyFault) -> str:
-    if isinstance(error, PolicyFault):
-        return str(error)
-    first = error.errors(include_url=False)[0]
-    return "".join(f"[{place}]" for place in first["loc"]) + f": {first['msg']}"
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+def _goes_on(rest: "threading.Thread | asyncio.Future[Outcome]") -> bool:
+    return rest.is_alive() if isinstance(rest, threading.Thread) else not rest.done()
 
 
 def _explain(fault: PolicyFault) -> ToolResult:
@@ -327,7 +294,7 @@ def _explain(fault: PolicyFault) -> ToolResult:
 
 
 def _result(output: Any) -> ToolResult:
-    """Raises TypeError or OSError for what is neither text nor an image."""
+    """Raises TypeError for what is neither text nor an image, and whatever Pillow raises for a broken file."""
     if isinstance(output, ToolResult):
         return ToolResult(_clean(output.text), output.images, output.fault)
     texts: list[str] = []
@@ -338,10 +305,15 @@ def _result(output: Any) -> ToolResult:
         elif isinstance(part, PIL.Image.Image):
             images.append(encode_png(part))
         elif isinstance(part, bytes):
-            images.append(part if part.startswith(_PNG) else encode_png(PIL.Image.open(io.BytesIO(part))))
+            images.append(as_png(part))
         else:
-            raise TypeError(f"{_short(part)} is neither text nor an image")
+            raise TypeError(f"{short(part)} is neither text nor an image")
     return ToolResult(_clean("\n".join(texts)), tuple(images))
+
+
+def as_png(data: bytes) -> bytes:
+    """The file of an image as a PNG file. Raises OSError for what is no image."""
+    return data if data.startswith(_PNG) else encode_png(PIL.Image.open(io.BytesIO(data)))
 
 
 def encode_png(image: PIL.Image.Image) -> bytes:
@@ -354,36 +326,3 @@ def encode_png(image: PIL.Image.Image) -> bytes:
 def _clean(text: str) -> str:
     """Lone surrogates can be neither tokenised nor saved."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _is_transport(error: BaseException) -> bool:
-    """Whether the error came from outside: of the system, or of an HTTP client (httpx's base class goes by name)."""
-    return isinstance(error, OSError) or any(base.__name__ == "TransportError" for base in type(error).__mro__)
-
-
-async def _in_thread(function: Callable[[], Any]) -> Any:
-    """Run a sync function in a thread of its own.
-
-    Not `asyncio.to_thread`: its few threads are shared, so tools that hang would stop all others and the exit too.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
-
-    def deliver(output: Any, error: BaseException | None) -> None:
-        if not future.done():
-            future.set_result((output, error))
-
-    def work() -> None:
-        outcome: tuple[Any, BaseException | None]
-        try:
-            outcome = (function(), None)
-        except BaseException as error:
-            outcome = (None, error)
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(deliver, *outcome)
-
-    threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True).start()
-    output, error = await future
-    if error is not None:
-        raise error
-    return output

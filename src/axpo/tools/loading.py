@@ -1,5 +1,8 @@
 """From the names in a config to tools."""
 
+import abc
+import dataclasses
+import enum
 import importlib.util
 import inspect
 import sys
@@ -7,18 +10,24 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from pydantic import BaseModel
+
+from axpo.tools.arguments import read_arguments
 from axpo.tools.base import Tool, ToolError
 from axpo.tools.python import Interpreters, make_python
 from axpo.tools.sandbox import Sandbox
 from axpo.tools.search import make_search
+from axpo.tools.stateful import described_methods, methods
 from axpo.tools.zoom import make_zoom
 
 BUILT_IN = ("zoom", "python", "search")
+_MCP_KEYS = ("mcp", "env", "only")
 
 
 def load_tools(
-    names: Sequence[str],
+    names: Sequence[str | Mapping[str, Any]],
     corpus: Path | Sequence[Mapping[str, str]] | None = None,
     zoom_pixels: int = 262_144,
     search_results: int = 3,
@@ -27,11 +36,17 @@ def load_tools(
 ) -> list[Tool]:
     """The tools of these names: "zoom", "python", "search" (which needs a corpus), or the path of a Python file.
 
-    Raises ToolError for an unknown name, for `search` without a usable corpus, and for a file that gives no tools.
+    A mapping {"mcp": SERVER} adds those of an MCP server, a command line or a URL; with "env": [NAME, …] the command
+    gets these environment variables too, with "only": [NAME, …] no other tools of it are taken (`axpo.tools.mcp`).
+
+    Raises ToolError for an unknown name, for `search` without a usable corpus, for a file or a server that gives no
+    tools.
     """
     tools: list[Tool] = []
     for name in names:
-        if name == "zoom":
+        if isinstance(name, Mapping):
+            tools.extend(_load_server(name))
+        elif name == "zoom":
             tools.append(make_zoom(zoom_pixels))
         elif name == "python":
             tools.append(make_python(sandbox or Sandbox(), timeout))
@@ -46,25 +61,73 @@ def load_tools(
     return tools
 
 
-def load_file(path: Path) -> list[Tool]:
-    """The tools of a Python file: those in its list `TOOLS`, else its own public functions with a docstring.
+def _load_server(entry: Mapping[str, Any]) -> list[Tool]:
+    lists = [entry.get(key) or [] for key in ("env", "only")]
+    well_formed = isinstance(entry.get("mcp"), str) and all(
+        isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) for names in lists
+    )
+    if not well_formed or not entry.keys() <= set(_MCP_KEYS):
+        raise ToolError(
+            f'a tool that is a mapping is {{"mcp": a command or a URL}}, with lists of names "env" and "only" '
+            f"if need be, not {dict(entry)!r}"
+        )
+    from axpo.tools.mcp import connect  # only a run with a server pays for its import
 
-    Raises ToolError that names the file, and the line where it does not import.
+    return connect(entry["mcp"], lists[0], entry.get("only"))
+
+
+def load_file(path: Path) -> list[Tool]:
+    """The tools of a Python file: its list `TOOLS`, else its own public functions and classes with a docstring.
+
+    A class stands for its methods (`axpo.tools.stateful`). Dataclasses, enums, exceptions, protocols, abstract classes
+    and types of data (TypedDict, NamedTuple, pydantic's) are no tools.
+
+    Raises ToolError that names the file, and the line of what does not import or cannot be offered.
     """
     if not path.is_file():
         raise ToolError(f"the tool file {path} does not exist")
     module = _import(path)
     if hasattr(module, "TOOLS"):
-        tools = module.TOOLS
-        if not isinstance(tools, list | tuple) or not all(inspect.isroutine(tool) for tool in tools):
-            raise ToolError(f"{path}: TOOLS is not a list of functions")
-        tools = list(tools)
+        found = module.TOOLS
+        if not isinstance(found, list | tuple) or not all(inspect.isroutine(one) or _is_own_tool(one) for one in found):
+            raise ToolError(f"{path}: TOOLS is not a list of functions and classes of tools")
     else:
-        own = (f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__)
-        tools = [f for f in dict.fromkeys(own) if not f.__name__.startswith("_") and f.__doc__]
+        own = [one for one in vars(module).values() if getattr(one, "__module__", None) == module.__name__]
+        own = [one for one in own if inspect.isfunction(one) or (_is_own_tool(one) and described_methods(one))]
+        found = [one for one in own if not one.__name__.startswith("_") and one.__doc__]
+    tools = [tool for one in dict.fromkeys(found) for tool in _checked(path, one)]
     if not tools:
-        raise ToolError(f"{path} holds no tool: neither TOOLS nor a public function with a docstring")
+        raise ToolError(f"{path} holds no tool: neither TOOLS nor a public function or class with a docstring")
     return tools
+
+
+def _checked(path: Path, found: Any) -> list[Tool]:
+    """The tools of a function or a class. Raises ToolError with the line of what cannot be offered."""
+    blamed = found
+    try:
+        tools = methods(found) if isinstance(found, type) else [found]
+        for tool in tools:
+            blamed = inspect.unwrap(tool)
+            read_arguments(tool)
+    except ToolError as error:
+        raise ToolError(f"{_place(path, blamed)}: {error}") from error
+    return tools
+
+
+def _is_own_tool(found: Any) -> bool:
+    """Whether it is a class, and none that describes data or other classes."""
+    if not isinstance(found, type) or dataclasses.is_dataclass(found) or getattr(found, "_is_protocol", False):
+        return False
+    if inspect.isabstract(found) or abc.ABC in found.__bases__:
+        return False
+    return not issubclass(found, enum.Enum | BaseException | BaseModel | dict | tuple)
+
+
+def _place(path: Path, found: Any) -> str:
+    try:
+        return f"{path}:{inspect.getsourcelines(found)[1]}"
+    except (OSError, TypeError):
+        return str(path)
 
 
 def _import(path: Path) -> ModuleType:
