@@ -112,7 +112,7 @@ def test_tools_are_those_that_are_named_over_the_given_corpus(tmp_path: Path):
     rows = [{"title": f"Zebra {n}", "text": f"The zebra number {n} lives in Oz."} for n in range(4)]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = config("tools.names=[search, zoom]", f"tools.corpus={corpus}", "tools.search_results=2")
-    toolbox = build.load_toolbox(given)
+    toolbox = build.load_toolbox(given, build.load_chat(given))
     assert toolbox.names == ["search", "image_zoom_in_tool"]
     found = asyncio.run(toolbox.call("search", {"query": "zebra"}, Conversation())).text
     assert "Oz" in found
@@ -122,8 +122,9 @@ def test_tools_are_those_that_are_named_over_the_given_corpus(tmp_path: Path):
 def test_a_tool_file_that_raises_is_named_with_its_line(tmp_path: Path):
     path = tmp_path / "mine.py"
     path.write_text("x = 1\nx / 0\n")
+    given = config(f"tools.names=[{path}]")
     with pytest.raises(ToolError, match=r"mine\.py:2: does not import: ZeroDivisionError"):
-        build.load_toolbox(config(f"tools.names=[{path}]"))
+        build.load_toolbox(given, build.load_chat(given))
 
 
 # Model, engine, agents ------------------------------------------------------------------------------------------------
@@ -153,7 +154,8 @@ def test_training_and_evaluation_sample_and_end_as_the_config_says():
         "eval={temperature: 0, top_p: 0.6, top_k: 3}",
         "engine={max_batch: 7, overlap: 3, kv_memory: 0.5}",
     )
-    chat, toolbox = build.load_chat(given), build.load_toolbox(given)
+    chat = build.load_chat(given)
+    toolbox = build.load_toolbox(given, chat)
     engine = build.make_engine(given, build.load_model(given), chat)
     training = build.training_agent(given, engine, chat, toolbox)
     evaluation = build.evaluation_agent(given, engine, chat, toolbox)

@@ -66,7 +66,8 @@ def caller(questions: list[Question], tmp_path_factory: pytest.TempPathFactory) 
     config = load_config(
         None, [*OPTIONS, "sft.steps=25", "sft.batch=4", "sft.learning_rate=0.002", "sft.warmup_steps=2"]
     )
-    chat, toolbox, model = build.load_chat(config), build.load_toolbox(config), build.load_model(config)
+    chat, model = build.load_chat(config), build.load_model(config)
+    toolbox = build.load_toolbox(config, chat)
     calling = "I zoom in.\n</think>\n\n" + zoom_call((0, 0, 500, 500), "it")
     turns = (Turn("assistant", calling), Turn("assistant", "It is 1.\n</think>\n\n<answer>1</answer>"))
     trees = []
@@ -86,7 +87,8 @@ def caller(questions: list[Question], tmp_path_factory: pytest.TempPathFactory) 
 def make_trainer(caller: str, questions: list[Question]) -> Maker:
     def make(*overrides: str) -> tuple[Trainer, PreTrainedModel, Chat]:
         config = load_config(None, [*OPTIONS, f"model={caller}", *overrides])
-        chat, toolbox, model = build.load_chat(config), build.load_toolbox(config), build.load_model(config)
+        chat, model = build.load_chat(config), build.load_model(config)
+        toolbox = build.load_toolbox(config, chat)
         agent = build.training_agent(config, build.make_engine(config, model, chat), chat, toolbox)
         return Trainer(config, agent, model, questions), model, chat
 

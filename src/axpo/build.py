@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from axpo.policy import load_policy
 from axpo.questions import Question, Trajectory, load_questions, load_trajectories
 from axpo.rewards.critique import critic
 from axpo.tools.base import Toolbox
+from axpo.tools.built_in import Documents, built_in
 from axpo.tools.loading import load_tools
 
 MINIATURE_QUESTIONS = 900
@@ -82,12 +84,19 @@ def load_chat(config: Config) -> Chat:
     return Chat.from_pretrained(model_path(config), config.max_pixels)
 
 
-def load_toolbox(config: Config) -> Toolbox:
-    """Raises ToolError for a tool that cannot be offered."""
-    tools = config.tools
-    documents = tools.corpus if isinstance(tools.corpus, Path) else corpus()
-    loaded = load_tools(tools.names, documents, tools.zoom_pixels, tools.search_results, tools.timeout)
-    return Toolbox(loaded, tools.timeout)
+def load_toolbox(config: Config, chat: Chat) -> Toolbox:
+    """The tools, checked: the sandbox computes, keys are there, MCP servers answer.
+
+    Raises ToolError for a tool that cannot be offered.
+    """
+    options = config.tools
+
+    def documents() -> Documents:
+        return corpus() if options.corpus == MINIATURE else cast(Path | None, options.corpus)
+
+    known = built_in(options, documents, chat.shorten)
+    training, evaluation = load_tools(options.names, known), load_tools(config.eval.tools, known)
+    return Toolbox(training, options.timeout, options.rollout_timeout, options.concurrency, evaluation)
 
 
 def load_model(config: Config) -> PreTrainedModel:
@@ -120,7 +129,7 @@ def probing_agent(config: Config, engine: Engine, chat: Chat, toolbox: Toolbox) 
 def evaluation_agent(config: Config, engine: Engine, chat: Chat, toolbox: Toolbox) -> Agent:
     """Rolls out as evaluation does."""
     sampling = Sampling(config.eval.temperature, config.eval.top_p, config.eval.top_k, config.rollout.max_tokens)
-    return Agent(engine, chat, toolbox, sampling, _limits(config))
+    return Agent(engine, chat, toolbox.in_evaluation, sampling, _limits(config))
 
 
 def _limits(config: Config) -> Limits:

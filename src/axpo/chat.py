@@ -108,6 +108,11 @@ class Chat:
             processor.size = {"shortest_edge": shortest, "longest_edge": longest}
         return cls(tokenizer, processor)
 
+    def shorten(self, text: str, tokens: int) -> str:
+        """The beginning of a text, at most so many tokens of it."""
+        places = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return text if len(places) <= tokens else text[: places[tokens - 1][1]]
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer, its template and the image processor beside a model's weights."""
         self.tokenizer.save_pretrained(folder)

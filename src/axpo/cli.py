@@ -31,7 +31,7 @@ from axpo.cli_shared import (
     shown,
 )
 from axpo.cli_simulate import simulate_command
-from axpo.config import BUILT_IN_TOOLS, MINIATURE, ConfigError, load_config
+from axpo.config import MINIATURE, ConfigError, load_config
 from axpo.progress import TerminalProgress
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def sft(config_file: ConfigFile, overrides: Overrides = None) -> None:
         trees = None
         if config.data.sft != MINIATURE:
             trees = [_trajectory_tree(each, chat, toolbox) for each in build.load_sft_data(config)]
-        elif missing := set(BUILT_IN_TOOLS) - set(config.tools.names):
+        elif missing := {"zoom", "python", "search"}.difference(map(str, config.tools.names)):
             raise ConfigError(f"tools.names: the teacher of data.sft={MINIATURE} needs {', '.join(sorted(missing))}")
         run = new_run(config)
         model = load_model(config, run)

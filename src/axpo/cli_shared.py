@@ -113,7 +113,7 @@ def prepare(config: Config) -> "tuple[Chat, Toolbox]":
         chat = build.load_chat(config)
     except ChatError as error:
         raise ChatError(f"model {config.model}: {error}") from error
-    return chat, build.load_toolbox(config)
+    return chat, build.load_toolbox(config, chat)
 
 
 def check_prompt(config: Config, chat: "Chat", toolbox: "Toolbox", questions: "Sequence[Question]") -> None:

@@ -15,7 +15,6 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from axpo.config_checks import problems
 from axpo.config_errors import describe
 from axpo.options import (
-    BUILT_IN_TOOLS,
     METHOD_DEFAULTS,
     MINIATURE,
     AbsolutePath,
@@ -36,7 +35,7 @@ from axpo.options import (
     TrainConfig,
 )
 
-__all__ = ["BUILT_IN_TOOLS", "MINIATURE", "Config", "ConfigError", "Source", "load_config", "save_config"]
+__all__ = ["MINIATURE", "Config", "ConfigError", "Source", "load_config", "save_config"]
 
 
 class ConfigError(ValueError):
@@ -192,6 +191,8 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
         sources.update({key: resolve(value) for key, value in sources.items()})
     if isinstance(tools, dict):
         tools.update({key: resolve(tools[key]) for key in ("corpus", "embedder", "cache") if key in tools})
+        if isinstance(tools.get("image_search"), dict) and "table" in tools["image_search"]:
+            tools["image_search"] = {**tools["image_search"], "table": resolve(tools["image_search"]["table"])}
     for section, key in ((tools, "names"), (data.get("eval"), "tools")):
         if isinstance(section, dict) and isinstance(section.get(key), list):
             section[key] = [resolve(n) if isinstance(n, str) and n.endswith(".py") else n for n in section[key]]

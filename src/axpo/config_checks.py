@@ -92,6 +92,11 @@ def _other_problems(config: "Config") -> list[str]:
                 f"tools.corpus: got nothing, but {key} has 'search', "
                 "which needs a .jsonl or .parquet file of documents, or 'miniature', unless tools.search says otherwise"
             )
+        if "image_search" in names and config.tools.image_search is None:
+            problems.append(
+                f"tools.image_search: got nothing, but {key} has 'image_search'; "
+                "must be {url: URL}, {serper: UPLOAD URL} or {table: FILE.jsonl}"
+            )
     if config.train.autocast and config.dtype != "float32":
         problems.append(
             f"train.autocast: got true, but with dtype = {config.dtype} all is computed in it; must be false"

@@ -63,6 +63,7 @@ _sandbox = _named_or_url(("bubblewrap", "none_i_trust_the_policy"), {"remote": "
 _search = _named_or_url(
     ("local", "tavily", "serper"), {"tavily": "URL", "serper": "URL", "searxng": "URL", "url": "TEMPLATE"}
 )
+_image_search = _named_or_url((), {"url": "URL", "serper": "UPLOAD URL", "table": "FILE.jsonl"})
 
 
 def _default_cache() -> Path:
@@ -140,6 +141,9 @@ class ToolsConfig(Section):
     """Tokens that the documents of one search are cut to. Default: 2048."""
     search_rate: Real = Field(default=5.0, gt=0)
     """Requests a second to a provider of search, of all rollouts together. Default: 5."""
+    image_search: Annotated[dict[str, str] | None, PlainValidator(_image_search)] = None
+    """What `image_search` asks: {url: URL}, {serper: URL to upload images to}, or {table: FILE.jsonl} of hits found
+    before, as in axpo/tools/image_providers.py. Default: none."""
     cache: AbsolutePath = Field(default_factory=_default_cache)
     """Folder that keeps what providers have answered, and the corpus's index. Default: axpo in the user's cache."""
 

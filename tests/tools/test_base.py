@@ -239,6 +239,19 @@ def test_a_system_fault_is_tried_three_times_and_raised(error: Exception) -> Non
     assert len(attempts) == 3
 
 
+def test_a_final_system_fault_is_raised_at_once() -> None:
+    attempts = []
+
+    @described
+    async def provider() -> str:
+        attempts.append(1)
+        raise SystemFault("tried often enough", final=True)
+
+    with pytest.raises(SystemFault, match="tried often enough"):
+        run(provider)
+    assert len(attempts) == 1
+
+
 @pytest.mark.usefixtures("no_pause")
 def test_a_system_fault_that_passes_leaves_no_trace() -> None:
     attempts = []

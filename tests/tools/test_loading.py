@@ -3,10 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from axpo.tools.base import Conversation, Toolbox, ToolError
+from axpo.tools.base import Conversation, Tool, Toolbox, ToolError
 from axpo.tools.loading import load_file, load_tools
-
-DOCUMENTS = [{"title": "Velm", "text": "A tower."}, {"title": "Oru", "text": "A tower, too."}]
+from axpo.tools.zoom import make_zoom
 
 FILE = '''
 import math
@@ -41,22 +40,22 @@ def written(path: Path, text: str) -> Path:
     return path
 
 
-def test_built_in_tools() -> None:
-    toolbox = Toolbox(load_tools(["search", "zoom", "python"], corpus=DOCUMENTS, search_results=1, timeout=5))
-    assert toolbox.names == ["search", "image_zoom_in_tool", "python"]
-    result = asyncio.run(toolbox.call("search", {"query": "tower"}, Conversation()))
-    assert result.text == "1. Velm: A tower."
-    assert load_tools([]) == []
+def test_names_are_made_when_asked_for() -> None:
+    made: list[str] = []
 
+    def make() -> Tool:
+        made.append("zoom")
+        return make_zoom()
 
-def test_the_descriptions_are_short() -> None:
-    toolbox = Toolbox(load_tools(["search", "zoom", "python"], corpus=DOCUMENTS))
-    assert [len(str(schema)) < 500 for schema in toolbox.schemas] == [True, True, True]
+    known = {"zoom": make, "other": lambda: pytest.fail("nobody asked for it")}
+    assert Toolbox(load_tools(["zoom"], known)).names == ["image_zoom_in_tool"]
+    assert made == ["zoom"]
+    assert load_tools([], known) == []
 
 
 def test_a_file_gives_its_own_public_described_functions(tmp_path: Path) -> None:
-    toolbox = Toolbox(load_tools([str(written(tmp_path / "mine.py", FILE)), "python"]))
-    assert toolbox.names == ["area", "count", "python"]
+    toolbox = Toolbox(load_tools([str(written(tmp_path / "mine.py", FILE)), "zoom"], {"zoom": make_zoom}))
+    assert toolbox.names == ["area", "count", "image_zoom_in_tool"]
 
     async def story() -> list[str]:
         conversation = Conversation([b"an image"])
@@ -111,9 +110,7 @@ def test_a_relative_path_has_its_line_too(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match=r"unknown tool 'zom': choose from zoom, python, search, or give a \.py file"):
-        load_tools(["zom"])
+    with pytest.raises(ToolError, match=r"unknown tool 'zom': choose from zoom, or give a \.py file"):
+        load_tools(["zom"], {"zoom": make_zoom})
     with pytest.raises(ToolError, match=r"nowhere\.py does not exist"):
         load_tools([str(tmp_path / "nowhere.py")])
-    with pytest.raises(ToolError, match="'search' needs a corpus"):
-        load_tools(["search"])

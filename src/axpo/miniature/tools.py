@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from axpo.miniature.base import SIDE
 from axpo.miniature.world import corpus
 from axpo.tools.base import Tool
+from axpo.tools.corpus import open_corpus
 from axpo.tools.python import make_python
 from axpo.tools.sandbox import NONE, Sandbox
 from axpo.tools.search import make_search
@@ -14,7 +15,7 @@ from axpo.tools.zoom import make_zoom
 
 def tools(number: int = 0) -> list[Tool]:
     """Zoom, Python without isolation (for teachers), and search over the corpus of this number (0: the world's)."""
-    return [make_zoom(SIDE * SIDE), make_python(Sandbox(NONE)), make_search(corpus(number), 2)]
+    return [make_zoom(SIDE * SIDE), make_python(Sandbox(NONE)), make_search(open_corpus(corpus(number)), 2)]
 
 
 def call_text(name: str, arguments: dict[str, object]) -> str:

@@ -5,8 +5,9 @@ A tool is a sync or async function with type hints and a Google-style docstring;
 mixes them, or a `ToolResult`. A parameter annotated `Conversation` is filled in by the toolbox and is not part of the
 schema. A function may carry attributes: `timeout`, its own deadline in seconds; `concurrency`, how many of its calls
 may run at once; `schema`, the JSON schema of its arguments, which it then takes by name whatever they are; `prepare`,
-an async function of the conversation, awaited before each attempt, whose time and failure are the system's; and
-`after_timeout`, a sentence that the policy reads when a call took too long.
+an async function of the conversation, awaited before each attempt, whose time and failure are the system's;
+`after_timeout`, a sentence that the policy reads when a call took too long; and `keeps = False` where it only reads the
+conversation, so that a fork need not call it again.
 
 What goes wrong has one owner. The policy's fault (bad arguments, its code raised, too slow) is an observation. The
 system's fault (`SystemFault`, any `OSError`, an HTTP client's transport error, see `is_system`) is tried again and then
@@ -92,6 +93,8 @@ class Toolbox:
     its thread hangs on, so that one bad call cannot block a tool; the threads left behind are counted and told in the
     log.
 
+    `evaluation`: tools that only evaluation offers (`in_evaluation`).
+
     Raises ToolError for two tools of one name, and for a function that lacks a docstring, the description of an
     argument, or a type hint that JSON can express.
     """
@@ -102,14 +105,24 @@ class Toolbox:
         timeout: float = 30.0,
         rollout_timeout: float | None = None,
         concurrency: int | None = None,
+        evaluation: Sequence[Tool] = (),
     ) -> None:
         self._rollout_timeout = math.inf if rollout_timeout is None else rollout_timeout
         self._tools: dict[str, _Offer] = {}
-        for function in tools:
-            offer = _Offer(function, timeout, concurrency)
-            if offer.name in self._tools:
-                raise ToolError(f"two tools are called {offer.name!r}")
-            self._tools[offer.name] = offer
+        self._evaluation: dict[str, _Offer] = {}
+        for kept, functions in ((self._tools, tools), (self._evaluation, evaluation)):
+            for function in functions:
+                offer = _Offer(function, timeout, concurrency)
+                if offer.name in self._tools or offer.name in self._evaluation:
+                    raise ToolError(f"two tools are called {offer.name!r}")
+                kept[offer.name] = offer
+
+    @property
+    def in_evaluation(self) -> "Toolbox":
+        """What evaluation offers. It shares the tools, and their limits on concurrency, with this one."""
+        shared = Toolbox([], rollout_timeout=self._rollout_timeout)
+        shared._tools = self._tools | self._evaluation
+        return shared
 
     @property
     def names(self) -> list[str]:
@@ -139,7 +152,7 @@ class Toolbox:
     async def repeat(self, call_text: str, conversation: Conversation) -> None:
         """Run a call again for what its tool keeps in the conversation, if it is one that can. Raises SystemFault."""
         name = self.named(call_text)
-        if name and self._tools[name].arguments.conversation:
+        if name and self._tools[name].keeps:
             used, conversation.tool_seconds = conversation.tool_seconds, 0.0
             try:
                 await self.run(call_text, conversation)
@@ -180,6 +193,7 @@ class _Offer:
         self.name: str = function.__name__
         self.function = function
         self.timeout: float = getattr(function, "timeout", timeout)
+        self.keeps = bool(self.arguments.conversation) and getattr(function, "keeps", True)
         self.concurrency: int | None = getattr(function, "concurrency", concurrency)
         if self.concurrency is not None and self.concurrency < 1:
             raise ToolError(f"tool {self.name!r}: its concurrency is {self.concurrency}; at least 1 call must run")
@@ -194,6 +208,8 @@ class _Offer:
             try:
                 return await self.run(values, conversation)
             except SystemFault as fault:
+                if fault.final:
+                    raise
                 logger.warning("tool %s: %s; trying again", self.name, fault)
                 await asyncio.sleep(pause)
         return await self.run(values, conversation)

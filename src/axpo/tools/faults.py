@@ -26,7 +26,14 @@ class PolicyFault(Exception):  # noqa: N818 (a fault, not a mistake in the progr
 
 
 class SystemFault(Exception):  # noqa: N818
-    """Raised by a tool whose provider is down or whose sandbox is lost. The policy never sees it."""
+    """Raised by a tool whose provider is down or whose sandbox is lost. The policy never sees it.
+
+    `final` where the toolbox is not to try again: the tool has done so itself, or it would be of no use.
+    """
+
+    def __init__(self, message: str = "", final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 def is_system(error: BaseException) -> bool:

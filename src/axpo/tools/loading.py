@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,48 +16,33 @@ from pydantic import BaseModel
 
 from axpo.tools.arguments import read_arguments
 from axpo.tools.base import Tool, ToolError
-from axpo.tools.python import Interpreters, make_python
-from axpo.tools.sandbox import Sandbox
-from axpo.tools.search import make_search
 from axpo.tools.stateful import described_methods, methods
-from axpo.tools.zoom import make_zoom
 
-BUILT_IN = ("zoom", "python", "search")
 _MCP_KEYS = ("mcp", "env", "only")
 
 
 def load_tools(
-    names: Sequence[str | Mapping[str, Any]],
-    corpus: Path | Sequence[Mapping[str, str]] | None = None,
-    zoom_pixels: int = 262_144,
-    search_results: int = 3,
-    timeout: float = 30.0,
-    sandbox: Interpreters | None = None,
+    names: Sequence[str | Mapping[str, Any]], built_in: Mapping[str, Callable[[], Tool]] | None = None
 ) -> list[Tool]:
-    """The tools of these names: "zoom", "python", "search" (which needs a corpus), or the path of a Python file.
+    """The tools of these names: of one that is `built_in`, or the path of a Python file.
 
     A mapping {"mcp": SERVER} adds those of an MCP server, a command line or a URL; with "env": [NAME, …] the command
     gets these environment variables too, with "only": [NAME, …] no other tools of it are taken (`axpo.tools.mcp`).
 
-    Raises ToolError for an unknown name, for `search` without a usable corpus, for a file or a server that gives no
-    tools.
+    Raises ToolError for an unknown name, for a file or a server that gives no tools, and where a built-in tool cannot
+    be made.
     """
+    known = built_in or {}
     tools: list[Tool] = []
     for name in names:
         if isinstance(name, Mapping):
             tools.extend(_load_server(name))
-        elif name == "zoom":
-            tools.append(make_zoom(zoom_pixels))
-        elif name == "python":
-            tools.append(make_python(sandbox or Sandbox(), timeout))
-        elif name == "search":
-            if corpus is None:
-                raise ToolError("the tool 'search' needs a corpus")
-            tools.append(make_search(corpus, search_results))
+        elif name in known:
+            tools.append(known[name]())
         elif name.endswith(".py"):
             tools.extend(load_file(Path(name)))
         else:
-            raise ToolError(f"unknown tool {name!r}: choose from {', '.join(BUILT_IN)}, or give a .py file")
+            raise ToolError(f"unknown tool {name!r}: choose from {', '.join(known)}, or give a .py file")
     return tools
 
 

@@ -1,13 +1,18 @@
 """The python tool: an interpreter that a rollout keeps."""
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
 from axpo.tools.base import Conversation, Tool, ToolResult
 
+_KEY = "python"  # in the state of a conversation
+
 
 class Interpreter(Protocol):
-    """One rollout's interpreter, at whatever level."""
+    """One rollout's interpreter."""
+
+    async def start(self) -> None: ...
 
     async def run(self, code: str, timeout: float, images: Sequence[bytes] = ()) -> ToolResult: ...
 
@@ -15,7 +20,9 @@ class Interpreter(Protocol):
 
 
 class Interpreters(Protocol):
-    """What makes interpreters: `axpo.tools.sandbox.Sandbox` or `axpo.tools.remote.RemoteSandbox`."""
+    """What makes them: `axpo.tools.sandbox.Sandbox` or `axpo.tools.remote.RemoteSandbox`."""
+
+    level: str
 
     def interpreter(self) -> Interpreter: ...
 
@@ -29,12 +36,17 @@ def make_python(sandbox: Interpreters, timeout: float = 30.0) -> Tool:
         Args:
             code: The code.
         """
-        interpreter: Interpreter | None = conversation.state.get("python")
-        if interpreter is None:
-            interpreter = conversation.state["python"] = sandbox.interpreter()
-            conversation.on_close(interpreter.close)
+        interpreter: Interpreter = conversation.state[_KEY]
         return await interpreter.run(code, timeout, conversation.images)
 
-    # The interpreter keeps the deadline itself, to show what was printed until then.
-    python.timeout = None  # type: ignore[attr-defined]
+    async def start(conversation: Conversation) -> None:
+        if _KEY not in conversation.state:
+            conversation.state[_KEY] = sandbox.interpreter()
+            conversation.on_close(conversation.state[_KEY].close)
+        await conversation.state[_KEY].start()
+
+    # Interpreters keep the deadline themselves, to show what was printed until then.
+    python.timeout = math.inf  # type: ignore[attr-defined]
+    python.prepare = start  # type: ignore[attr-defined]
+    python.level = sandbox.level  # type: ignore[attr-defined]
     return python

@@ -61,13 +61,13 @@ class Sandbox:
     """Starts interpreters at one of the two levels above, as forks of a template process that it keeps.
 
     The template starts with the first interpreter, or at `check`, and ends with this process however that ends.
-    `cache` is a folder for matplotlib's list of fonts.
+    matplotlib keeps its list of fonts in the folder `fonts`.
     """
 
-    def __init__(self, level: str = BUBBLEWRAP, limits: Limits | None = None, cache: Path | None = None) -> None:
+    def __init__(self, level: str = BUBBLEWRAP, limits: Limits | None = None, fonts: Path | None = None) -> None:
         self.level = level
         self.limits = limits or Limits()
-        self._cache = cache
+        self._fonts = fonts
         self._template: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (it lasts as long as this object)
@@ -131,11 +131,10 @@ class Sandbox:
             f"template.ROOT = {root!r}; template.main(int(sys.argv[1]))"
         )
         ours, theirs = socket.socketpair()
-        fonts = self._cache or Path(tempfile.gettempdir()) / f"axpo-fonts-{os.getuid()}"
         setup = Setup(
             packages=_packages(),
             environment=_ENVIRONMENT,
-            matplotlib=str(fonts),
+            matplotlib=str(self._fonts or ""),
             bubblewrap=_bubblewrap() if self.level == BUBBLEWRAP else [],
         )
         with theirs:
@@ -162,6 +161,11 @@ class Interpreter:
         self._running: _Process | None = None
         self._lock = asyncio.Lock()
 
+    async def start(self) -> None:
+        """Start, unless it runs. Raises SystemFault where it cannot."""
+        if self._running is None:
+            self._running = await _start(self._sandbox)
+
     async def run(self, code: str, timeout: float, images: Sequence[bytes] = ()) -> ToolResult:
         """Run the code for at most `timeout` seconds; the text is its output, then the traceback if it raised.
 
@@ -169,9 +173,9 @@ class Interpreter:
         interpreter can be started, or the sandbox is lost.
         """
         async with self._lock:
-            if self._running is None:
-                self._running = await _start(self._sandbox)
+            await self.start()
             process = self._running
+            assert process is not None
             pictures: list[bytes] = []
             lost = True
             try:

@@ -1,33 +1,32 @@
-"""The search tool: BM25 over a local corpus."""
+"""The search tool: a query to a provider, its hits as text within a budget of tokens."""
 
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-import numpy as np
+import math
+from collections.abc import Callable, Sequence
 
 from axpo.tools.base import PolicyFault, Tool, ToolError
+from axpo.tools.providers import Hit, Provider
+
+Shorten = Callable[[str, int], str]
+"""Cuts a text to its first n tokens; a text of at most n tokens comes back as it is."""
+
+NOTHING = "No results."
 
 
-def make_search(corpus: Path | Sequence[Mapping[str, str]], top_k: int = 3) -> Tool:
-    """The tool `search`, which shows the `top_k` best documents of the corpus.
+def make_search(provider: Provider, top_k: int = 3, shorten: Shorten | None = None, tokens: int | None = None) -> Tool:
+    """The tool `search`, which shows the `top_k` best hits of a provider.
 
-    A document has a "title" and a "text". The corpus is a sequence of them, or a JSONL or Parquet file of them. The
-    ranking is BM25 as Lucene has it (k1 1.5, b 0.75), over title and text; documents of one score keep their order.
+    With `shorten` and `tokens` a result has at most `tokens` tokens: each hit has its fair share of them, and what
+    short ones leave goes to the others. How long a search takes is never the policy's doing, so the tool itself has no
+    deadline; providers have their own.
 
-    Raises ToolError that names the file and the line where the corpus cannot be used.
+    Raises ToolError where only one of `shorten` and `tokens` is given, or too few tokens for "No results.".
     """
-    documents = _load(corpus) if isinstance(corpus, Path) else list(_checked(enumerate(corpus, 1), "document"))
-    if not documents:
-        raise ToolError(f"the corpus{f' {corpus}' if isinstance(corpus, Path) else ''} is empty")
-    import bm25s  # only a run that searches pays for its import
+    if (shorten is None) != (tokens is None):
+        raise ToolError("search: shorten and tokens go together")
+    if shorten is not None and tokens is not None and (tokens < 1 or shorten(NOTHING, tokens) != NOTHING):
+        raise ToolError(f"search: a result of {tokens} tokens is too short to be read")
 
-    index = bm25s.BM25()
-    index.index([_words(f"{title} {text}") for title, text in documents], show_progress=False)
-
-    def search(query: str) -> str:
+    async def search(query: str) -> str:
         """Search the documents.
 
         Args:
@@ -35,56 +34,61 @@ def make_search(corpus: Path | Sequence[Mapping[str, str]], top_k: int = 3) -> T
         """
         if not query.strip():
             raise PolicyFault("the query is empty.")
-        words = [word for word in _words(query) if word in index.vocab_dict]
-        if not words:
-            return "No results."
-        scores = index.get_scores(words)
-        best = [place for place in np.argsort(-scores, kind="stable")[:top_k] if scores[place] > 0]
-        return "\n".join(f"{rank}. {documents[i][0]}: {documents[i][1]}" for rank, i in enumerate(best, 1))
+        if provider.longest is not None and len(query) > provider.longest:
+            raise PolicyFault(
+                f"the query has {len(query)} characters, but at most {provider.longest} are allowed. Use fewer words."
+            )
+        hits = await provider.search(query, top_k)
+        if not hits:
+            return NOTHING
+        return show(hits) if shorten is None or tokens is None else fit(hits, shorten, tokens)
 
+    search.timeout = math.inf  # type: ignore[attr-defined]
     return search
 
 
-def _words(text: str) -> list[str]:
-    """Lower-case words; digits and single letters are words too."""
-    return re.findall(r"\w+", text.casefold())
+def show(hits: Sequence[Hit]) -> str:
+    """Hits as the policy reads them: TITLE: TEXT on a line, or title, link and text on lines of their own."""
+    shown = []
+    for rank, (title, link, text) in enumerate(hits, 1):
+        if link:
+            shown.append("\n".join(filter(None, (f"{rank}. {title}".rstrip(), link, text))))
+        else:
+            shown.append(f"{rank}. {': '.join(filter(None, (title, text)))}")
+    return ("\n\n" if any(hit.link for hit in hits) else "\n").join(shown)
 
 
-def _load(path: Path) -> list[tuple[str, str]]:
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ToolError(f"{path}: a corpus is a .jsonl or a .parquet file")
-    try:
-        return list(_checked(_read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path), str(path)))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ToolError(f"the corpus {path} cannot be read: {error}") from error
+def fit(hits: Sequence[Hit], shorten: Shorten, tokens: int) -> str:
+    """Hits within `tokens` tokens: the longest cap on their texts under which all fit, found by bisection.
+
+    A cut text ends in " …". Where even the titles and links take too much, the last hits are left out.
+    """
+
+    def cut(text: str, cap: int) -> str:
+        start = shorten(text, cap)
+        return text if start == text else f"{start.rstrip()} …".lstrip()
+
+    def fits(shown: str) -> bool:
+        return shorten(shown, tokens) == shown
+
+    def capped(cap: int) -> str:
+        return show([hit._replace(text=cut(hit.text, cap)) for hit in hits])
+
+    whole = show(hits)
+    if fits(whole):
+        return whole
+    hits = [hit._replace(text=cut(hit.text, tokens)) for hit in hits]  # more of them can never be shown
+    while hits and not fits(capped(1)):
+        hits = hits[:-1]
+    if hits:
+        return capped(_last(lambda cap: fits(capped(cap)), tokens))
+    return cut(whole, _last(lambda cap: fits(cut(whole, cap)), tokens))
 
 
-def _read_jsonl(path: Path) -> Iterable[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise ToolError(f"{path}:{number}: not valid JSON: {error}") from error
-
-
-def _read_parquet(path: Path) -> Iterable[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return enumerate(pyarrow.parquet.read_table(path, columns=["title", "text"]).to_pylist(), 1)
-    except pyarrow.ArrowException as error:
-        raise ToolError(f"{path}: not a Parquet file with the columns title and text: {error}") from error
-
-
-def _checked(rows: Iterable[tuple[int, Any]], source: str) -> Iterable[tuple[str, str]]:
-    for number, row in rows:
-        if not isinstance(row, Mapping):
-            raise ToolError(f'{source}:{number}: a document is an object with "title" and "text"')
-        for key in ("title", "text"):
-            if not isinstance(row.get(key), str) or not row[key].strip():
-                raise ToolError(f"{source}:{number}: {key!r} is missing, empty or not a string")
-        yield row["title"], row["text"]
+def _last(holds: Callable[[int], bool], high: int) -> int:
+    """The last number from 1 to `high` for which it holds, given that it does for 1 and stops only once."""
+    low = 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low

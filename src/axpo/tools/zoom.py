@@ -53,6 +53,7 @@ def make_zoom(min_pixels: int = 262_144) -> Tool:
         size = result_size(width, height, min_pixels)
         return encode_png(crop(image, box).resize(size, PIL.Image.Resampling.BICUBIC).convert("RGB"))
 
+    image_zoom_in_tool.keeps = False  # type: ignore[attr-defined]
     return image_zoom_in_tool
 
 

@@ -43,7 +43,7 @@ _CHANNEL = 3  # the only descriptor above 2 that an interpreter keeps
 @dataclass(frozen=True)
 class Setup:
     """What all interpreters have in common. `bubblewrap` is its command line up to the options for descriptors, [] to
-    do without; `environment` is the whole environment of the policy's code."""
+    do without; `matplotlib` the folder of its list of fonts; `environment` is the whole environment of the policy's code."""
 
     packages: list[str]
     environment: dict[str, str]
@@ -77,7 +77,8 @@ def main(control_fd: int) -> None:
     control.set_inheritable(False)
     setup = Setup(**json.loads(_receive(control)[0]))
     sys.path += setup.packages
-    os.environ["MPLCONFIGDIR"] = setup.matplotlib
+    if setup.matplotlib:
+        os.environ["MPLCONFIGDIR"] = setup.matplotlib
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
