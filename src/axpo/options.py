@@ -63,7 +63,11 @@ _sandbox = _named_or_url(("bubblewrap", "none_i_trust_the_policy"), {"remote": "
 _search = _named_or_url(
     ("local", "tavily", "serper"), {"tavily": "URL", "serper": "URL", "searxng": "URL", "url": "TEMPLATE"}
 )
-_image_search = _named_or_url((), {"url": "URL", "serper": "UPLOAD URL", "table": "FILE.jsonl"})
+_image_provider = _named_or_url((), {"url": "URL", "serper": "UPLOAD URL", "table": "FILE.jsonl"})
+
+
+def _image_search(given: Any) -> str | dict[str, str] | None:
+    return None if given is None else _image_provider(given)
 
 
 def _default_cache() -> Path:

@@ -20,6 +20,7 @@ import pytest
 from axpo.tools import base, mcp
 from axpo.tools.base import Conversation, Fault, SystemFault, Toolbox, ToolError, ToolResult
 from axpo.tools.loading import load_tools
+from axpo.tools.zoom import make_zoom
 from axpo.tools.mcp import Server, connect
 
 SCRIPT = Path(__file__).with_name("mcp_server.py")
@@ -381,7 +382,7 @@ def test_only_some_tools_and_broken_schemas() -> None:
 
 def test_entries_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AXPO_MISSING", raising=False)
-    tools = load_tools(["zoom", {"mcp": raw(GOOD)}])
+    tools = load_tools(["zoom", {"mcp": raw(GOOD)}], {"zoom": make_zoom})
     assert [tool.__name__ for tool in tools] == ["image_zoom_in_tool", "good"]
     for entry in ({"mcp": 3}, {"env": []}, {"mcp": "x", "envs": []}, {"mcp": "x", "env": "HOME"}):
         with pytest.raises(ToolError, match="a tool that is a mapping is "):

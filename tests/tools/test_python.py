@@ -80,6 +80,7 @@ def test_no_interpreter_is_a_system_fault(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_set_prints_alike_in_every_interpreter(plain_sandbox: Sandbox) -> None:
     async def shown() -> str:
         async with Conversation() as conversation:
-            return (await make_python(plain_sandbox)("print({'a', 'b', 'c', 'd', 'e'})", conversation)).text
+            call = {"code": "print({'a', 'b', 'c', 'd', 'e'})"}
+            return (await Toolbox([make_python(plain_sandbox)]).call("python", call, conversation)).text
 
     assert len({asyncio.run(shown()) for _ in range(4)}) == 1

@@ -43,7 +43,7 @@ _CHANNEL = 3  # the only descriptor above 2 that an interpreter keeps
 @dataclass(frozen=True)
 class Setup:
     """What all interpreters have in common. `bubblewrap` is its command line up to the options for descriptors, [] to
-    do without; `matplotlib` the folder of its list of fonts; `environment` is the whole environment of the policy's code."""
+    do without; `matplotlib` the folder of its list of fonts; `environment` all that the policy's code has of one."""
 
     packages: list[str]
     environment: dict[str, str]
