@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
     from axpo.chat import Chat
     from axpo.tools.sandbox import Sandbox
+
+# What the tools keep between runs goes, with the tests, from a folder of their own instead of the user's.
+_CACHE = tempfile.TemporaryDirectory(prefix="axpo-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 SPECIAL = [
     "<|endoftext|>",

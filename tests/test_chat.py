@@ -66,6 +66,16 @@ def test_a_reply_golden(byte_chat: Chat) -> None:
     ]
 
 
+def test_a_text_is_shortened_to_tokens(byte_chat: Chat, chat: Chat) -> None:
+    assert byte_chat.shorten("abcdef", 4) == "abcd"
+    assert byte_chat.shorten("abcdef", 6) == "abcdef"
+    assert byte_chat.shorten("aßc", 2) in ("a", "aß")  # ß takes two tokens
+    text = "The tower of Velm was built of oak. " * 20
+    short = chat.shorten(text, 30)
+    assert text.startswith(short)
+    assert 25 <= len(chat.tokenizer(short)["input_ids"]) <= 30
+
+
 def test_images_stand_in_order_of_appearance(byte_chat: Chat) -> None:
     first, second = png(64, 64), png(128, 64)
     parts = [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "image"}]

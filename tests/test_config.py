@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from axpo.config import Config, ConfigError, load_config, save_config
 from axpo.config_errors import key_names
-from axpo.options import MethodConfig
+from axpo.options import MethodConfig, ToolsConfig
 
 
 def problem(path: Path | None = None, *overrides: str) -> str:
@@ -120,7 +120,25 @@ def test_a_saved_config_loads_back_equal_from_anywhere(tmp_path: Path, monkeypat
         ("rollout.temperature=0", "rollout.temperature: got 0, must be greater than 0"),
         ("method.continuations=1", "method.continuations: got 1, must be greater than or equal to 2"),
         ("data.train=[1]", "data.train: got [1], must be 'miniature' or must be a path"),
-        ("tools.names=[zoom, foo]", "tools.names[1]: got 'foo', must be one of zoom, python, search, image_search, a Python file"),
+        (
+            "tools.names=[zoom, foo]",
+            "tools.names[1]: got 'foo', must be one of zoom, python, search, image_search, a Python file",
+        ),
+        (
+            "tools.sandbox=docker",
+            "tools.sandbox: got 'docker', must be bubblewrap, none_i_trust_the_policy or {remote:",
+        ),
+        ("tools.sandbox={remote: 8080}", "tools.sandbox: got {'remote': 8080}, must be bubblewrap"),
+        ("tools.search=bing", "tools.search: got 'bing', must be local, tavily, serper, {tavily: URL}, {serper: URL}"),
+        ("tools.search={url: a, searxng: b}", "tools.search: got {'url': 'a', 'searxng': 'b'}, must be local"),
+        ("tools.image_search=serper", "tools.image_search: got 'serper', must be {url: URL}, {serper: UPLOAD URL} or"),
+        ("tools=[{mcp: [npx]}]", "tools.names[0]: got {'mcp': ['npx']}, must be one of zoom"),
+        (
+            "tools=[{mcp: npx, env: HOME}]",
+            "tools.names[0]: got {'mcp': 'npx', 'env': 'HOME'}, must have a list of names",
+        ),
+        ("tools.concurrency=0", "tools.concurrency: got 0, must be greater than or equal to 1"),
+        ("eval.tools=[saw]", "eval.tools[0]: got 'saw', must be one of zoom"),
         ("train=5", "train: got 5, must be a section that holds keys"),
         ("device=gpu", "device: got 'gpu', must be cpu, mps, cuda or cuda:INDEX"),
         ("seed", "override 'seed': must be KEY=VALUE"),
@@ -182,6 +200,11 @@ def test_the_smallest_budget_works_and_hardly_less_does_not(questions: int, roll
         (["train.minibatches=3"], "train.minibatches: got 3, must divide rollout.questions = 16"),
         (["rollout.max_tokens=64", "rollout.max_context=63"], "rollout.max_tokens: got 64, must be at most"),
         (["train.autocast=true", "dtype=bfloat16"], "train.autocast: got true, but with dtype = bfloat16"),
+        (["eval.tools=[search]"], "tools.corpus: got nothing, but eval.tools has 'search'"),
+        (
+            ["eval.tools=[image_search]"],
+            "tools.image_search: got nothing, but eval.tools has 'image_search'; must be {url",
+        ),
         (["tools.names=[search]", "model=mine"], "tools.corpus: got nothing, but tools.names has 'search'"),
     ],
 )
@@ -288,3 +311,29 @@ def test_an_adaptive_budget_may_need_several_steps_for_a_prefix() -> None:
     sizes = ["rollout.questions=1", "rollout.rollouts=8", "method.adaptive_budget=1"]
     load_config(None, sizes)  # 2 rollouts a step, of which one step's are kept: 4
     assert "nothing can ever be resampled" in problem(None, *sizes, "method.adaptive_budget=0.5")
+
+
+def test_tools_by_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path, "tools: [zoom, mine.py, {mcp: npx server, only: [look]}]\neval: {tools: [yours.py]}\n")
+    config = load_config(path)
+    assert config.tools.names == ["zoom", str(tmp_path / "mine.py"), {"mcp": "npx server", "only": ["look"]}]
+    assert config.eval.tools == [str(tmp_path / "yours.py")]
+    changed = load_config(path, ["tools.timeout=5", "tools=[python]"])
+    assert (changed.tools.names, changed.tools.timeout) == (["python"], 5)
+
+
+def test_a_choice_with_an_address_replaces_the_one_before(tmp_path: Path) -> None:
+    path = write(tmp_path, "tools: {search: {searxng: http://a}, image_search: {table: hits.jsonl}, cache: kept}\n")
+    config = load_config(path, ["tools.search={url: 'http://b?q={query}'}"])
+    assert config.tools.search == {"url": "http://b?q={query}"}
+    assert config.tools.image_search == {"table": str(tmp_path / "hits.jsonl")}
+    assert config.tools.cache == tmp_path / "kept"
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert ToolsConfig().cache == tmp_path / "axpo"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert ToolsConfig().cache == Path.home() / ".cache" / "axpo"

@@ -17,6 +17,7 @@ import PIL.Image
 import PIL.ImageFile
 
 MAX_PIXELS = 2**28  # 16,384 × 16,384; decoded it takes 1 GiB
+MAX_ASPECT = 100  # a side may be so many times the other in what tools show: image processors refuse 200
 _KEPT = 2**29  # bytes of images that stay decoded
 _TURNS = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,

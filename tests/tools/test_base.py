@@ -3,6 +3,7 @@ import functools
 import io
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import PIL.Image
@@ -181,6 +182,78 @@ def test_what_cannot_be_shown_is_not_the_fault_of_the_policy(output: Any) -> Non
 
     with pytest.raises(SystemFault, match="the tool 'broken' returned what cannot be shown"):
         run(broken)
+
+
+def test_images_come_as_the_model_sees_them() -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned, four_colours = io.BytesIO(), io.BytesIO()
+    PIL.Image.new("RGB", (40, 30)).save(turned, "JPEG", exif=exif)
+    PIL.Image.new("CMYK", (5, 4)).save(four_colours, "JPEG")
+
+    @described
+    def show() -> Any:
+        return [turned.getvalue(), four_colours.getvalue(), PIL.Image.new("RGBA", (3, 2)), PIL.Image.new("F", (2, 2))]
+
+    opened = [PIL.Image.open(io.BytesIO(data)) for data in run(show).images]
+    assert [image.size for image in opened] == [(30, 40), (5, 4), (3, 2), (2, 2)]
+    assert opened[2].getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("as_result", [False, True])
+def test_an_image_that_no_model_can_be_shown_is_told_to_the_policy(
+    as_result: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thin, broken = _png(505, 5), _png(50, 50)[:-30]
+
+    def returning(data: bytes) -> Callable[[], Any]:
+        @described
+        def show() -> Any:
+            return ToolResult("", (data,)) if as_result else data
+
+        return show
+
+    told = run(returning(thin))
+    assert told == ToolResult(
+        "Error: the image of this call is too thin to be shown: 505 × 5 pixels.", fault=Fault.RAISED
+    )
+    with pytest.raises(SystemFault, match="returned what cannot be shown"):
+        run(returning(broken))
+    monkeypatch.setattr("axpo.images.MAX_PIXELS", 2000)
+    large = run(returning(_png(50, 41)))
+    assert large.fault is Fault.RAISED
+    assert "too large to be shown: it has 50 × 41 pixels" in large.text
+
+
+def _png(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.new("L", (width, height), 7).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_evaluation_may_offer_more() -> None:
+    @described
+    def known() -> str:
+        return "known"
+
+    @described
+    def unseen() -> str:
+        return "unseen"
+
+    toolbox = Toolbox([known], rollout_timeout=9, evaluation=[unseen])
+    assert toolbox.names == ["known"]
+    assert [schema["function"]["name"] for schema in toolbox.schemas] == ["known"]
+    assert toolbox.in_evaluation.names == ["known", "unseen"]
+
+    async def story() -> list[ToolResult]:
+        boxes = (toolbox, toolbox.in_evaluation)
+        return [await box.call("unseen", {}, Conversation()) for box in boxes]
+
+    refused, answered = asyncio.run(story())
+    assert refused.fault is Fault.UNKNOWN_TOOL
+    assert answered == ToolResult("unseen")
+    with pytest.raises(ToolError, match="two tools are called 'known'"):
+        Toolbox([known], evaluation=[known])
 
 
 # Faults

@@ -20,8 +20,8 @@ import pytest
 from axpo.tools import base, mcp
 from axpo.tools.base import Conversation, Fault, SystemFault, Toolbox, ToolError, ToolResult
 from axpo.tools.loading import load_tools
-from axpo.tools.zoom import make_zoom
 from axpo.tools.mcp import Server, connect
+from axpo.tools.zoom import make_zoom
 
 SCRIPT = Path(__file__).with_name("mcp_server.py")
 COMMAND = shlex.join([sys.executable, str(SCRIPT)])

@@ -306,6 +306,6 @@ def test_many_rollouts_decode_an_image_once(monkeypatch: pytest.MonkeyPatch) -> 
         return await asyncio.gather(*(rollout() for _ in range(8)))
 
     results = asyncio.run(all_rollouts())
-    assert decoded == [data]
+    assert decoded.count(data) == 1  # the others are the crops
     assert all(result == results[0] for result in results)
     assert len({result.images for result in results[0]}) == 3

@@ -30,6 +30,7 @@ from typing import Any
 
 import PIL.Image
 
+from axpo.images import MAX_ASPECT, ImageTooLargeError, as_seen, open_image
 from axpo.tools.arguments import near, parse_call, read_arguments
 from axpo.tools.conversation import Conversation
 from axpo.tools.faults import (
@@ -168,14 +169,14 @@ class Toolbox:
                 used = f"this rollout has used its {self._rollout_timeout:g} s of tool time"
                 raise PolicyFault(f"{used}; answer without tools.", Fault.TIMEOUT)
             output = await offer.run_with_retries(values, conversation)
+            try:
+                return _result(output)
+            except (TypeError, ValueError, OSError) as error:
+                raise SystemFault(f"the tool {name!r} returned what cannot be shown: {error}") from error
         except PolicyFault as fault:
             return _explain(fault)
         except RecursionError:
             return _explain(PolicyFault("the arguments are nested too deeply"))
-        try:
-            return _result(output)
-        except Exception as error:
-            raise SystemFault(f"the tool {name!r} returned what cannot be shown: {error}") from error
 
     def _offer(self, name: str) -> "_Offer":
         if name in self._tools:
@@ -310,16 +311,17 @@ def _explain(fault: PolicyFault) -> ToolResult:
 
 
 def _result(output: Any) -> ToolResult:
-    """Raises TypeError for what is neither text nor an image, and whatever Pillow raises for a broken file."""
+    """Raises TypeError for what is neither text nor an image, ImageError for what is no image, OSError for one that
+    cannot be written, and PolicyFault for one that no model can be shown: its size may be the policy's choice."""
     if isinstance(output, ToolResult):
-        return ToolResult(_clean(output.text), output.images, output.fault)
+        return ToolResult(_clean(output.text), tuple(map(as_png, output.images)), output.fault)
     texts: list[str] = []
     images: list[bytes] = []
     for part in output if isinstance(output, list | tuple) else [output]:
         if isinstance(part, str):
             texts.append(part)
         elif isinstance(part, PIL.Image.Image):
-            images.append(encode_png(part))
+            images.append(as_png(encode_png(as_seen(part))))
         elif isinstance(part, bytes):
             images.append(as_png(part))
         else:
@@ -328,8 +330,16 @@ def _result(output: Any) -> ToolResult:
 
 
 def as_png(data: bytes) -> bytes:
-    """The file of an image as a PNG file. Raises OSError for what is no image."""
-    return data if data.startswith(_PNG) else encode_png(PIL.Image.open(io.BytesIO(data)))
+    """The file of an image as a PNG file. Raises ImageError for what is no image, PolicyFault for what is too large or
+    too thin to be shown."""
+    try:
+        image = open_image(data)  # it is kept, and the model is shown it next
+    except ImageTooLargeError as error:
+        raise PolicyFault(f"the image of this call is too large to be shown: {error}.", Fault.RAISED) from error
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        size = f"{image.width} × {image.height} pixels"
+        raise PolicyFault(f"the image of this call is too thin to be shown: {size}.", Fault.RAISED)
+    return data if data.startswith(_PNG) else encode_png(image)
 
 
 def encode_png(image: PIL.Image.Image) -> bytes:

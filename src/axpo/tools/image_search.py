@@ -10,6 +10,7 @@ from pathlib import Path
 import PIL.Image
 import PIL.ImageOps
 
+from axpo.images import MAX_ASPECT
 from axpo.tools.base import Conversation, PolicyFault, SystemFault, Tool, ToolResult, encode_png
 from axpo.tools.cache import Answers
 from axpo.tools.image_providers import ImageProvider
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _MAX_BYTES = 4_000_000  # of a thumbnail's file
 _MAX_PIXELS = 25_000_000  # of a thumbnail before it is made smaller
-_LONGEST = 100  # times the other side; image processors refuse what is thinner than 200
 
 
 def make_image_search(
@@ -122,6 +122,6 @@ def _open(file: bytes) -> PIL.Image.Image:
     except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"no picture: {error}") from error
     width, height = image.size
-    if width * height > _MAX_PIXELS or max(width, height) > _LONGEST * min(width, height):
+    if width * height > _MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"a picture of {width} × {height} pixels")
     return image

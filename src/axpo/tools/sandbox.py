@@ -35,6 +35,7 @@ from pathlib import Path
 
 import PIL.Image
 
+from axpo.images import MAX_ASPECT
 from axpo.tools.base import Fault, SystemFault, ToolError, ToolResult
 from axpo.tools.interpreter.session import PICTURE_PIXELS, PICTURES, TRACEBACK, cut
 from axpo.tools.interpreter.template import Limits, Setup, send
@@ -299,17 +300,18 @@ def tell(output: str, report: str, pictures: Sequence[bytes], fault: Fault | Non
     images = [picture for picture in pictures if is_small_png(picture)]
     notes = []
     if len(images) < len(pictures):
-        why = f"broken or of more than {PICTURE_PIXELS} pixels"
+        why = f"broken, of more than {PICTURE_PIXELS} pixels, or a side over {MAX_ASPECT} times the other"
         notes.append(f"[{len(pictures) - len(images)} pictures left out: {why}]")
     parts = [part for part in (output.rstrip("\n"), report.rstrip("\n"), *notes) if part]
     return ToolResult("\n".join(parts) or ("" if images else NO_OUTPUT), tuple(images), fault)
 
 
 def is_small_png(data: bytes) -> bool:
-    """Whether the bytes are a whole PNG of at most PICTURE_PIXELS pixels."""
+    """Whether the bytes are a whole PNG of at most PICTURE_PIXELS pixels that is not too thin to be shown."""
     try:
         with PIL.Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            if image.width * image.height > 1.01 * PICTURE_PIXELS:
+            width, height = image.size
+            if width * height > 1.01 * PICTURE_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
                 return False
             image.load()
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):

@@ -10,11 +10,10 @@ import math
 
 import PIL.Image
 
-from axpo.images import ImageError, ImageTooLargeError, crop, open_image
+from axpo.images import MAX_ASPECT, ImageError, ImageTooLargeError, crop, open_image
 from axpo.tools.base import Conversation, PolicyFault, SystemFault, Tool, encode_png
 
 SIDE = 32  # pixels a vision token covers: the least side of a crop, and what both sides of the result are multiples of
-LONGEST = 100  # times the other side; image processors refuse what is thinner than 200
 MOST_PIXELS = 12_845_056  # of a result; larger crops are reduced
 
 
@@ -45,10 +44,10 @@ def make_zoom(min_pixels: int = 262_144) -> Tool:
             raise SystemFault(f"image {img_idx} of the conversation does not open: {error}") from error
         box = crop_box(bbox_2d, *image.size)
         width, height = box[2] - box[0], box[3] - box[1]
-        if max(width, height) > LONGEST * min(width, height):
+        if max(width, height) > MAX_ASPECT * min(width, height):
             raise PolicyFault(
                 f"bbox_2d {_shown(bbox_2d)} is too thin: it is {width} × {height} pixels of the image, and one side "
-                f"may be {LONGEST} times the other at most."
+                f"may be {MAX_ASPECT} times the other at most."
             )
         size = result_size(width, height, min_pixels)
         return encode_png(crop(image, box).resize(size, PIL.Image.Resampling.BICUBIC).convert("RGB"))
