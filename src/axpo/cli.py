@@ -1,4 +1,4 @@
-"""The command line: quickstart, train, sft, eval, diagnose, methods, simulate.
+"""The command line: quickstart, train, sft, eval, diagnose, methods, simulate, tools check.
 
 A user's mistake is told in lines that begin with "error:" on stderr, and ends the command with code 2; an alarm that
 stops a run ends it with code 3, Ctrl-C with code 130. Torch and transformers are imported by the commands, so that help
@@ -16,6 +16,7 @@ import typer
 from axpo.cli_diagnose import diagnose
 from axpo.cli_methods import methods
 from axpo.cli_shared import (
+    ConfigFile,
     Overrides,
     check_prompt,
     command,
@@ -31,6 +32,7 @@ from axpo.cli_shared import (
     shown,
 )
 from axpo.cli_simulate import simulate_command
+from axpo.cli_tools import tools
 from axpo.config import MINIATURE, ConfigError, load_config
 from axpo.progress import TerminalProgress
 
@@ -50,8 +52,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; axpo/options.py explains every key.")]
 
 
 def main() -> None:
@@ -175,6 +175,7 @@ def evaluate(
 app.command()(diagnose)
 app.command()(methods)
 app.command("simulate")(simulate_command)
+app.add_typer(tools, name="tools")
 
 
 def _trajectory_tree(trajectory: "Trajectory", chat: "Chat", toolbox: "Toolbox") -> "RolloutTree":

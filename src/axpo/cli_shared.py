@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from axpo.run import Run
     from axpo.tools.base import Toolbox
 
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; axpo/options.py explains every key.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Config values, such as train.learning_rate=1e-6."),

@@ -223,6 +223,22 @@ def test_a_limit_of_none_at_all_is_refused() -> None:
         Toolbox([nap], concurrency=0)
 
 
+def test_a_toolbox_tells_the_limits_of_what_it_offers_and_evaluation_offers_more() -> None:
+    @described
+    def patient() -> str:
+        return "done"
+
+    patient.timeout, patient.concurrency = 9.0, 2
+    toolbox = Toolbox([nap], timeout=3.0, evaluation=[patient])
+    assert [(offer.name, offer.function, offer.timeout, offer.concurrency) for offer in toolbox.offers] == [
+        ("nap", nap, 3.0, None)
+    ]
+    assert [offer.name for offer in toolbox.in_evaluation.offers] == ["nap", "patient"]
+    assert (toolbox.in_evaluation.offers[1].timeout, toolbox.in_evaluation.offers[1].concurrency) == (9.0, 2)
+    assert call(toolbox, "patient").fault == Fault.UNKNOWN_TOOL
+    assert call(toolbox.in_evaluation, "patient").text == "done"
+
+
 # Whose fault
 
 

@@ -124,7 +124,7 @@ def test_the_key_is_never_shown(
     shown = []
     with caplog.at_level(logging.DEBUG):
         provider = MAKERS[name](server.url, limits=QUICK, cache=tmp_path)
-        shown += [repr(provider), repr(make_search(provider))]
+        shown += [str(provider), repr(provider), repr(make_search(provider))]
         try:
             shown.append(repr(find(provider)))
             assert not faults

@@ -109,11 +109,11 @@ class Toolbox:
         evaluation: Sequence[Tool] = (),
     ) -> None:
         self._rollout_timeout = math.inf if rollout_timeout is None else rollout_timeout
-        self._tools: dict[str, _Offer] = {}
-        self._evaluation: dict[str, _Offer] = {}
+        self._tools: dict[str, Offer] = {}
+        self._evaluation: dict[str, Offer] = {}
         for kept, functions in ((self._tools, tools), (self._evaluation, evaluation)):
             for function in functions:
-                offer = _Offer(function, timeout, concurrency)
+                offer = Offer(function, timeout, concurrency)
                 if offer.name in self._tools or offer.name in self._evaluation:
                     raise ToolError(f"two tools are called {offer.name!r}")
                 kept[offer.name] = offer
@@ -128,6 +128,11 @@ class Toolbox:
     @property
     def names(self) -> list[str]:
         return list(self._tools)
+
+    @property
+    def offers(self) -> "list[Offer]":
+        """The tools with their limits."""
+        return list(self._tools.values())
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
@@ -178,7 +183,7 @@ class Toolbox:
         except RecursionError:
             return _explain(PolicyFault("the arguments are nested too deeply"))
 
-    def _offer(self, name: str) -> "_Offer":
+    def _offer(self, name: str) -> "Offer":
         if name in self._tools:
             return self._tools[name]
         meant = near(name, self._tools)
@@ -186,8 +191,8 @@ class Toolbox:
         raise PolicyFault(f"there is no tool {short(name)}. {hint}", Fault.UNKNOWN_TOOL)
 
 
-class _Offer:
-    """One tool with its limits: how a call of it runs."""
+class Offer:
+    """One tool with its limits: how a call of it runs. `timeout` is in seconds, `concurrency` None for no limit."""
 
     def __init__(self, function: Tool, timeout: float, concurrency: int | None) -> None:
         self.arguments = read_arguments(function)

@@ -35,6 +35,10 @@ class Corpus:
     def __init__(self, documents: Sequence[Hit], index: "Index", embeddings: Embeddings | None = None) -> None:
         self.documents, self.index, self.embeddings = documents, index, embeddings
 
+    def __str__(self) -> str:
+        ranking = "BM25" if self.embeddings is None else "BM25 and embeddings"
+        return f"local corpus of {len(self.documents)} documents, {ranking}"
+
     async def search(self, query: str, count: int) -> list[Hit]:
         return await asyncio.to_thread(self.find, query, count)
 

@@ -44,8 +44,8 @@ class WebImageProvider:
     ) -> None:
         self._identity, self._ask, self._answers = identity, ask, Answers(cache)
 
-    def __repr__(self) -> str:
-        return f"WebImageProvider({self._identity!r})"
+    def __str__(self) -> str:
+        return self._identity
 
     async def search(self, image: bytes, count: int) -> list[ImageHit]:
         async def ask() -> list[list[str]]:
@@ -131,6 +131,9 @@ class ImageTable:
                     place += len(line)
         except OSError as error:
             raise ToolError(f"the image table {path} cannot be read: {error}") from error
+
+    def __str__(self) -> str:
+        return f"table {self.path}"
 
     def _hash(self, line: bytes, number: int) -> bytes:
         try:

@@ -64,6 +64,7 @@ def make_image_search(
 
     image_search.timeout = math.inf  # type: ignore[attr-defined]
     image_search.keeps = False  # type: ignore[attr-defined]
+    image_search.provider = provider  # type: ignore[attr-defined]
     return image_search
 
 

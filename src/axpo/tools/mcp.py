@@ -108,7 +108,7 @@ class Server:
 
         call.__name__ = call.__qualname__ = offered.name
         call.__doc__ = offered.description or offered.title or ""
-        call.__dict__.update(schema=offered.input_schema, prepare=prepare)
+        call.__dict__.update(schema=offered.input_schema, prepare=prepare, server=self.name)
         return call
 
     def close(self) -> None:

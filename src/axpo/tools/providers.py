@@ -49,8 +49,8 @@ class WebProvider:
         self._identity, self._ask = identity, ask
         self._answers = Answers(cache)
 
-    def __repr__(self) -> str:
-        return f"WebProvider({self._identity!r})"
+    def __str__(self) -> str:
+        return self._identity
 
     async def search(self, query: str, count: int) -> list[Hit]:
         query = clean(query)
