@@ -240,6 +240,16 @@ def test_calls_of_the_users_own_take_the_place_of_the_sample():
     assert "| test loud [1]" in found["shout"]
 
 
+def test_a_later_call_finds_the_images_of_an_earlier_one():
+    zoom = {"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 0, 1000, 500], "label": "top", "img_idx": 0}}
+    again = {**zoom, "arguments": {**zoom["arguments"], "img_idx": 1}}
+    given = config({"names": ["zoom"], "zoom_pixels": 1024})
+    found = succeed(given, "--call", json.dumps(zoom), "--call", json.dumps(again)).stdout
+    assert re.findall(r"image (\d+×\d+)", found) == ["512×192", "512×96"]
+    missing = succeed(given, "--call", json.dumps(again)).stdout
+    assert "the policy's fault: bad_arguments\n  | Error: img_idx 1 names no image" in missing
+
+
 def test_image_search_is_asked_for_the_test_picture(folder: Path):
     row = {"sha256": hashlib.sha256(draw_picture()).hexdigest(), "results": [{"title": "A disc and a square"}]}
     (folder / "table.jsonl").write_text(json.dumps(row))
