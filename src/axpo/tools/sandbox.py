@@ -25,6 +25,7 @@ import io
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -32,6 +33,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 import PIL.Image
 
@@ -47,6 +49,8 @@ START = 30.0  # seconds that an interpreter may take to start, the template's im
 DIED = "The interpreter died. All variables are lost."
 _REPORT = 4 * TRACEBACK + 1000  # bytes of a traceback
 _PICTURE = 8 << 20  # bytes of one picture
+_CHUNKS = 4096  # of its file: honest writers need some hundred
+_PASSED_OVER = 16  # replies to other requests that are skipped: each takes the trainer's time
 _ENVIRONMENT = {
     "HOME": "/tmp",
     "PATH": "/usr/bin:/bin",
@@ -124,12 +128,19 @@ class Sandbox:
             self._template.wait()
             self._template = None
 
+    def _own(self) -> list[str]:
+        """The programs of the sandbox's processes whose files are the user's own: system ones are root's."""
+        if self.level == NONE or os.getuid() == 0:
+            return []
+        programs = (_executable(), os.path.realpath(shutil.which("bwrap") or ""))
+        return [path for path in programs if os.stat(path).st_uid == os.getuid() or os.access(path, os.W_OK)]
+
     def _start_template(self) -> None:
         self.close()
         root = str(Path(__file__).parents[2])
         program = (
             f"import sys; sys.path.append({root!r}); from axpo.tools.interpreter import template; "
-            f"template.ROOT = {root!r}; template.main(int(sys.argv[1]))"
+            f"template.ROOT = {root!r}; template.main(int(sys.argv[1]), {self._own()!r})"
         )
         ours, theirs = socket.socketpair()
         setup = Setup(
@@ -218,13 +229,13 @@ class _Process:
                 folder = resources.enter_context(
                     tempfile.TemporaryDirectory(prefix="axpo-", ignore_cleanup_errors=True)
                 )
-            self.file = resources.enter_context(tempfile.TemporaryFile())
+            self.file, printed = _output_file()
             ours, channel = socket.socketpair()
             self.lifeline, lifeline = socket.socketpair()
-            resources.enter_context(ours)
-            resources.enter_context(self.lifeline)
-            with channel, lifeline:
-                sandbox.start(folder, channel.fileno(), self.file.fileno(), lifeline.fileno())
+            for resource in (self.file, ours, self.lifeline):
+                resources.enter_context(resource)
+            with printed, channel, lifeline:
+                sandbox.start(folder, channel.fileno(), printed.fileno(), lifeline.fileno())
             self.socket, self.sandbox = ours, sandbox
             self.resources = resources.pop_all()
 
@@ -251,7 +262,6 @@ class _Process:
         """The traceback, or "", and the pictures. Raises OSError, EOFError or ValueError where the interpreter has
         died or talks nonsense."""
         self.file.truncate(0)
-        self.file.seek(0)  # the interpreter shares this offset
         self.requests += 1
         data, new = code.encode("utf-8", "replace"), images[self.images :]
         self.images = len(images)
@@ -262,7 +272,7 @@ class _Process:
         return await self.receive(self.requests)
 
     async def receive(self, number: int) -> tuple[str, list[bytes]]:
-        while True:
+        for _ in range(_PASSED_OVER):
             answered, length, *sizes = map(int, (await self.reader.readline()).split())
             if not 0 <= length <= _REPORT or len(sizes) > PICTURES or not all(0 <= s <= _PICTURE for s in sizes):
                 raise ValueError(f"a reply of {length} and {sizes} bytes")
@@ -270,6 +280,7 @@ class _Process:
             pictures = [await self.reader.readexactly(size) for size in sizes]
             if answered == number:
                 return report.decode("utf-8", "replace"), pictures
+        raise ValueError("too many replies to other requests")
 
     def output(self) -> str:
         """What was printed since the last request, its middle left out where it is long."""
@@ -277,7 +288,21 @@ class _Process:
         return cut(os.pread(self.file.fileno(), size, 0).decode("utf-8", "replace"), OUTPUT)
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # a process that this one has forked may hold it open
+            self.lifeline.shutdown(socket.SHUT_RDWR)
         self.resources.close()
+
+
+def _output_file() -> tuple[BinaryIO, BinaryIO]:
+    """A file without a name, for the trainer, and again for the interpreter, which adds to its end.
+
+    Opened twice: what the code does to its descriptor, such as setting O_DIRECT, is not to concern the trainer's.
+    """
+    fd, path = tempfile.mkstemp()
+    try:
+        return os.fdopen(fd, "rb+"), open(path, "ab+", buffering=0)
+    finally:
+        os.unlink(path)
 
 
 async def _start(sandbox: Sandbox) -> _Process:
@@ -296,8 +321,8 @@ async def _start(sandbox: Sandbox) -> _Process:
 
 
 def tell(output: str, report: str, pictures: Sequence[bytes], fault: Fault | None) -> ToolResult:
-    """What the policy sees. The pictures were made by its code: one that is no small PNG is left out."""
-    images = [picture for picture in pictures if is_small_png(picture)]
+    """What the policy sees. The pictures were made by its code: one that cannot be shown is left out."""
+    images = [picture for picture in map(_only_pixels, pictures) if is_small_png(picture)]
     notes = []
     if len(images) < len(pictures):
         why = f"broken, of more than {PICTURE_PIXELS} pixels, or a side over {MAX_ASPECT} times the other"
@@ -317,6 +342,21 @@ def is_small_png(data: bytes) -> bool:
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
         return False
     return True
+
+
+def _only_pixels(data: bytes) -> bytes:
+    """The PNG without what is no pixels: readers choke on forged metadata. b"" where it is not made of chunks."""
+    kept, place = [data[:8]], 8
+    with contextlib.suppress(struct.error):
+        for _ in range(_CHUNKS):
+            length, kind = struct.unpack_from(">I4s", data, place)
+            end = place + 12 + length
+            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+                kept.append(data[place:end])
+            if kind == b"IEND":
+                return b"".join(kept)
+            place = end
+    return b""
 
 
 def _executable() -> str:
@@ -354,4 +394,6 @@ def _bubblewrap() -> list[str]:
     for link, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1")):
         command += ["--symlink", target, f"/dev/{link}"]
     command += ["--symlink", "/proc/self/fd/2", "/dev/stderr", "--symlink", "/tmp", "/dev/shm"]
-    return [*command, "--proc", "/proc", "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/"]
+    # Read-only, so that no process can write into another's memory, or say that others be killed before it.
+    command += ["--proc", "/proc", "--remount-ro", "/proc"]
+    return [*command, "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/"]

@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import struct
+import sys
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
@@ -27,7 +28,8 @@ _NAMESPACES = {
 }
 _NEW_NAMESPACE = 0x7E020000 | 0x80  # any CLONE_NEW… flag
 NOBODY = 65534
-_MS_NOSUID, _MS_NODEV = 2, 4
+_MS_READ_ONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
+_MS_REMOUNT, _MS_BIND, _MS_RECURSIVE, _MS_PRIVATE = 32, 1 << 12, 1 << 14, 1 << 18
 
 
 class Sandbox:
@@ -54,9 +56,15 @@ class Sandbox:
         duplicates = [
             (os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((placeholder_in, 0), (placeholder_out, 1), (output, 2))
         ]
-        self.pid = os.posix_spawn(command[0], [*command, *options, "cat"], {}, file_actions=duplicates)
-        for fd in (placeholder_in, placeholder_out, info, mapped, rules):
-            os.close(fd)
+        try:
+            self.pid = os.posix_spawn(command[0], [*command, *options, "cat"], {}, file_actions=duplicates)
+        except OSError:
+            os.close(self.hold)
+            self.release()
+            raise
+        finally:
+            for fd in (placeholder_in, placeholder_out, info, mapped, rules):
+                os.close(fd)
 
     def release(self) -> None:
         """Close what only `join` needs."""
@@ -92,6 +100,29 @@ class Sandbox:
         os.write(self._map, b"\n")
 
 
+def run_from_read_only(programs: list[str]) -> None:
+    """Start this program again, with the files of these programs mounted read-only, unless they are already.
+
+    A fork's /proc/self/exe leads out of the sandbox, to this program's file where it lay when it was started. Where
+    that file is the user's own, his interpreters could change its mode, or set it suid. Raises OSError.
+    """
+    if all(os.statvfs(program).f_flag & os.ST_RDONLY for program in programs):
+        return
+    user, group = os.getuid(), os.getgid()
+    _check("unshare", _libc.unshare(_NAMESPACES["user"] | _NAMESPACES["mnt"]))
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    _check("mount /", _libc.mount(None, b"/", None, _MS_RECURSIVE | _MS_PRIVATE, None))
+    for program in programs:
+        path = os.fsencode(program)
+        kept = os.statvfs(program).f_flag & (_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)  # an ordinary user cannot drop them
+        _check(f"mount {program}", _libc.mount(path, path, None, _MS_BIND, None))
+        flags = _MS_REMOUNT | _MS_BIND | _MS_READ_ONLY | kept
+        _check(f"mount {program} read-only", _libc.mount(None, path, None, flags, None))
+    os.execv(sys.orig_argv[0], sys.orig_argv)
+
+
 def first_to_be_killed_for_memory() -> None:
     """Where the machine runs out of memory, the kernel is to take the policy's code and not the trainer."""
     with open("/proc/self/oom_score_adj", "w") as file:
@@ -101,6 +132,12 @@ def first_to_be_killed_for_memory() -> None:
 def die_with_parent() -> None:
     """Be killed when the template is, which cannot kill anybody then. It does not hold for this process's children."""
     _check("parent's death", _libc.prctl(1, signal.SIGKILL, 0, 0, 0))
+
+
+def adopt_orphans() -> None:
+    """Become the parent of interpreters and of bubblewrap's first processes when their own parents end. A sandbox lasts
+    until its dead are collected, which the first process of a container may never do."""
+    _check("become a subreaper", _libc.prctl(36, 1, 0, 0, 0))
 
 
 def make_tmp(size: int, files: int) -> None:
@@ -142,6 +179,8 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "process_vm_writev": (311, 271),
     "process_madvise": (440, 440),
     "kcmp": (312, 272),
+    "inotify_init": (253, None),  # counts against what the user may have outside
+    "inotify_init1": (294, 26),
     "pidfd_getfd": (438, 438),
     "move_pages": (279, 239),
     "migrate_pages": (256, 238),
@@ -168,6 +207,16 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "swapon": (167, 224),
     "swapoff": (168, 225),
     "acct": (163, 89),
+    # memory that no limit counts
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
     # keys
     "add_key": (248, 217),
     "request_key": (249, 218),
@@ -202,10 +251,18 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "vhangup": (153, 58),
 }
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH of linux/audit.h
-_CALLS = {"clone": (56, 220), "clone3": (435, 435), "socket": (41, 198), "ioctl": (16, 29)}
+_CALLS = {
+    "clone": (56, 220),
+    "clone3": (435, 435),
+    "socket": (41, 198),
+    "socketpair": (53, 199),
+    "ioctl": (16, 29),
+    "fallocate": (285, 47),
+}
 _SOCKETS = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6: a sandbox has them to itself, unlike AF_VSOCK
-_IOCTLS = (0x5412, 0x541C)  # TIOCSTI and TIOCLINUX type into a terminal
-_EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
+# TIOCSTI and TIOCLINUX type into a terminal; FS_IOC_RESVSP and FS_IOC_RESVSP64 are fallocate by another name.
+_IOCTLS = (0x5412, 0x541C, 0x40305828, 0x4030582A)
+_EPERM, _ENOSYS, _EOPNOTSUPP, _EAFNOSUPPORT = 1, 38, 95, 97
 
 
 def seccomp_filter() -> bytes:
@@ -228,13 +285,24 @@ def seccomp_filter() -> bytes:
     rules += [_jump(_EQUAL, calls["clone3"], 0, 1), _return(_ENOSYS_ERROR)]
     rules += [_jump(_EQUAL, calls["clone"], 0, 4), _load(16), _jump(_ANY_BIT, _NEW_NAMESPACE, 0, 1)]
     rules += [_return(_error(_EPERM)), _return(_ALLOW)]
-    sockets = [_jump(_EQUAL, family, len(_SOCKETS) - place, 0) for place, family in enumerate(_SOCKETS)]
-    rules += [_jump(_EQUAL, calls["socket"], 0, 3 + len(_SOCKETS)), _load(16), *sockets]
-    rules += [_return(_error(_EAFNOSUPPORT)), _return(_ALLOW)]
-    ioctls = [_jump(_EQUAL, request, len(_IOCTLS) - place, 0) for place, request in enumerate(_IOCTLS)]
-    rules += [_jump(_EQUAL, calls["ioctl"], 0, 3 + len(_IOCTLS)), _load(24), *ioctls]
-    rules += [_return(_ALLOW), _return(_error(_EPERM)), _return(_ALLOW)]
-    return b"".join(rules)
+    for call in ("socket", "socketpair"):
+        rules += _choose(calls[call], 0, _SOCKETS, _ALLOW, _error(_EAFNOSUPPORT))
+    rules += _choose(calls["ioctl"], 1, _IOCTLS, _error(_EPERM), _ALLOW)
+    # In its modes other than 0 it takes space without heed of the limit on a file's size.
+    rules += _choose(calls["fallocate"], 1, (0,), _ALLOW, _error(_EOPNOTSUPP))
+    return b"".join([*rules, _return(_ALLOW)])
+
+
+def _choose(call: int, argument: int, values: tuple[int, ...], found: int, other: int) -> list[bytes]:
+    """Answer a call with `found` where the low half of one of its arguments is among the values, else with `other`."""
+    tests = [_jump(_EQUAL, value, len(values) - place, 0) for place, value in enumerate(values)]
+    return [
+        _jump(_EQUAL, call, 0, 3 + len(values)),
+        _load(16 + 8 * argument),
+        *tests,
+        _return(other),
+        _return(found),
+    ]
 
 
 _EQUAL, _AT_LEAST, _ANY_BIT = 0x15, 0x35, 0x45

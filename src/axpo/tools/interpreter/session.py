@@ -123,7 +123,7 @@ class Pictures:
         if image.width * image.height > PICTURE_PIXELS:
             scale = (PICTURE_PIXELS / (image.width * image.height)) ** 0.5
             image = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
-        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
+        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
             image = image.convert("RGB")  # else it is no PNG
         self.encode(lambda file: image.save(file, "PNG", compress_level=1))
 
@@ -159,7 +159,9 @@ def describe(error: BaseException, programs: dict[str, str]) -> str:
         frames = error.__traceback__
         while frames is not None and frames.tb_frame.f_code.co_filename not in programs:
             frames = frames.tb_next
-        text = "".join(traceback.format_exception(type(error), error, frames))
+        whole = traceback.TracebackException(type(error), error, frames)
+        whole.stack = traceback.StackSummary.from_list(f for f in whole.stack if f.filename != __file__)
+        text = "".join(whole.format())
     except BaseException:
         text = type(error).__name__  # no memory is left, or the exception itself is at fault
     return cut(text, TRACEBACK)

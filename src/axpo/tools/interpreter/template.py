@@ -66,13 +66,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class _Running:
-    """The processes of one interpreter, and what keeps the sandbox's placeholder alive."""
+    """The processes of one interpreter that are this one's children, and what keeps the sandbox's placeholder alive."""
 
-    pids: list[int]
+    pids: set[int]
     held: int | None
 
 
-def main(control_fd: int) -> None:
+def main(control_fd: int, own: list[str]) -> None:
+    """Serve the trainer. `own` are the programs that the policy's code could change if they were not read-only."""
+    if own:
+        confine.run_from_read_only(own)
     control = socket.socket(fileno=control_fd)
     control.set_inheritable(False)
     setup = Setup(**json.loads(_receive(control)[0]))
@@ -83,12 +86,16 @@ def main(control_fd: int) -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     gc.freeze()  # else the collector would touch, and so copy, every page that the forks share
+    if setup.bubblewrap:
+        confine.adopt_orphans()
     trainer = os.getppid()
     poller = select.poll()
     poller.register(control, select.POLLIN)
     running: dict[int, _Running] = {}
     while os.getppid() == trainer:  # a fork of the trainer may hold the socket open after its death
-        for fd, _ in poller.poll(1000):
+        if setup.bubblewrap:
+            _collect_dead(running)
+        for fd, _ in poller.poll(50):
             if fd != control.fileno():
                 poller.unregister(fd)
                 _end(fd, running.pop(fd))
@@ -119,21 +126,21 @@ def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
     header, fds, _, _ = socket.recv_fds(control, 4, 3)
     for fd in fds:
         os.set_inheritable(fd, False)
-    with control.makefile("rb", buffering=0) as rest:
-        return rest.read(int.from_bytes(header, "big")) or b"", fds
+    return control.recv(int.from_bytes(header, "big"), socket.MSG_WAITALL), fds
 
 
 def _begin(setup: Setup, limits: Limits, folder: str, channel: int, output: int) -> _Running:
     """Start an interpreter. What goes wrong from here on is written into its output, and its channel closes."""
+    pids: set[int] = set()
+    sandbox = None
     try:
-        sandbox = confine.Sandbox(setup.bubblewrap, output) if setup.bubblewrap else None
-    except OSError as error:
+        if setup.bubblewrap:
+            sandbox = confine.Sandbox(setup.bubblewrap, output)
+            pids.add(sandbox.pid)
+        pids.add(os.fork())
+    except OSError as error:  # the machine is out of processes, say: the interpreters that run are not to suffer
         _tell(output, error)
-        os.close(channel)
-        os.close(output)
-        return _Running([], None)
-    pid = os.fork()
-    if pid == 0:
+    if 0 in pids:
         status = 1
         try:
             _become(setup, limits, folder, channel, output, sandbox)
@@ -145,9 +152,9 @@ def _begin(setup: Setup, limits: Limits, folder: str, channel: int, output: int)
     os.close(channel)
     os.close(output)
     if sandbox is None:
-        return _Running([pid], None)
+        return _Running(pids, None)
     sandbox.release()
-    return _Running([sandbox.pid, pid], sandbox.hold)
+    return _Running(pids, sandbox.hold)
 
 
 def _tell(output: int, error: BaseException) -> None:
@@ -168,13 +175,14 @@ def _become(
         if os.fork():  # only a child is in the new pid namespace
             return
     os.setpgid(0, 0)  # no session of its own: the kernel may give each session an equal share of the processor
+    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     os.dup2(channel, _CHANNEL)
+    os.set_inheritable(_CHANNEL, False)
     os.closerange(_CHANNEL + 1, 1 << 16)
     if sandbox is not None:
         confine.make_tmp(limits.disk, limits.files)
     home = folder or "/tmp"
     os.chdir(home)
-    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     _limit(limits, sandbox is not None)
     if sandbox is not None:
         confine.give_up_privileges()
@@ -199,6 +207,9 @@ def _limit(limits: Limits, isolated: bool) -> None:
         wanted.append((resource.RLIMIT_AS, taken + limits.memory))
     if isolated:
         wanted.append((resource.RLIMIT_NPROC, limits.processes))
+        # What is counted for all processes of a user, those outside included, and priorities above theirs.
+        wanted += [(resource.RLIMIT_SIGPENDING, 1024), (resource.RLIMIT_MSGQUEUE, 0)]
+        wanted += [(resource.RLIMIT_RTPRIO, 0), (resource.RLIMIT_NICE, 0)]
     for which, value in wanted:
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -223,12 +234,25 @@ def _end(lifeline: int, running: _Running) -> None:
         for kill in (os.killpg, os.kill):  # without bubblewrap an interpreter leads a group of its own
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
     if running.held is not None:
         os.close(running.held)
-    os.close(lifeline)  # tells the trainer that all is over
+    else:
+        for pid in running.pids:
+            os.waitpid(pid, 0)
+    os.close(lifeline)
+
+
+def _collect_dead(running: dict[int, _Running]) -> None:
+    """Collect sandboxes' processes that have ended, without waiting for any. Their numbers may be given to others."""
+    with contextlib.suppress(ChildProcessError):
+        while pid := os.waitpid(-1, os.WNOHANG)[0]:
+            for interpreter in running.values():
+                interpreter.pids.discard(pid)
 
 
 def _end_all(running: dict[int, _Running]) -> None:
     for lifeline, interpreter in running.items():
         _end(lifeline, interpreter)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
