@@ -96,7 +96,7 @@ def test_search_keeps_to_its_rate(tmp_path: Path, search_server: Any) -> None:
 
     asyncio.run(story())
     times = [request.time for request in search_server.requests]
-    assert times[-1] - times[0] > 0.19
+    assert times[-1] - times[0] > 0.15  # 0.2 as they are sent; how long they take to arrive varies
 
 
 def test_the_index_of_a_corpus_is_kept_under_the_cache(tmp_path: Path) -> None:
