@@ -147,6 +147,7 @@ def test_train_leaves_a_whole_run_folder(trained: tuple[Path, Result]):
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
         "metrics.jsonl",
+        "run.json",
         "summary.json",
         "trees",
         "checkpoint",

@@ -1,5 +1,6 @@
 """Warm-up and clipping, against values computed by hand."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -53,3 +54,23 @@ def test_steps_too_small_for_bfloat16_add_up(make_model: Callable) -> None:
 def test_the_learning_rate_falls_to_nothing_where_the_end_is_known(make_model: Callable) -> None:
     optimizer = Optimizer(make_model(), 0.3, warmup_steps=1, total_steps=4)
     assert rates(optimizer, 5) == pytest.approx([0.15, 0.225, 0.15, 0.075, 0.0])
+
+
+def test_restored_it_goes_on_as_it_would_have(make_model: Callable) -> None:
+    for dtype in (torch.float32, torch.bfloat16):  # of bfloat16 weights it keeps exact copies
+        models = [make_model().to(dtype), make_model().to(dtype)]
+        optimizers = [Optimizer(model, 1e-3, warmup_steps=3) for model in models]
+
+        def step(place: int, seed: int, optimizers: list[Optimizer] = optimizers) -> None:
+            torch.manual_seed(seed)
+            for parameter in optimizers[place].parameters:
+                parameter.grad = torch.randn_like(parameter)
+            optimizers[place].step()
+
+        step(0, 1)
+        step(0, 2)
+        models[1].load_state_dict(models[0].state_dict())
+        optimizers[1].restore(copy.deepcopy(optimizers[0].state()))
+        step(0, 3)
+        step(1, 3)
+        assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))

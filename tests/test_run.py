@@ -67,7 +67,7 @@ def test_a_checkpoint_opens_and_replaces_the_one_before(
     with torch.no_grad():
         changed += 1
     assert run.save_checkpoint(tiny_model, chat) == place
-    assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoint", "config.yaml", "trees"]
+    assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoint", "config.yaml", "run.json", "trees"]
     assert not (place / "half").exists()
     opened = load_policy(place)
     assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), tiny_model.parameters(), strict=True))

@@ -110,7 +110,7 @@ def praise(trees: Sequence[RolloutTree]) -> None:
 def test_sampling_logprobs_equal_a_fresh_forward_over_the_packed_tree(make_trainer: Maker) -> None:
     trainer, model, chat = make_trainer()
 
-    trees = asyncio.run(trainer.roll_out(0))
+    trees = asyncio.run(trainer.roll_out(0)).trees
     segments = [s for tree in trees for s in tree.segments()]
     assert any(s.images for s in segments if s.kind is Kind.OBSERVATION)  # tool images
     assert any(s.is_forked for s in segments)
@@ -139,7 +139,7 @@ def test_what_the_trees_share_is_prefilled_once(make_trainer: Maker) -> None:
 
     engine.generate = counting  # type: ignore[method-assign]
 
-    trees = asyncio.run(trainer.roll_out(0))
+    trees = asyncio.run(trainer.roll_out(0)).trees
     segments = [segment for tree in trees for segment in tree.segments()]
     assert any(s.is_forked for s in segments)
     given = sum(len(segment) for segment in segments if segment.kind is not Kind.POLICY)
@@ -154,7 +154,7 @@ def rolled_out(trainer: Trainer) -> tuple[list[RolloutTree], list[tuple[int, ...
     hook = trainer.model.model.language_model.register_forward_pre_hook(
         lambda _module, _args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
     )
-    trees = asyncio.run(trainer.roll_out(0))
+    trees = asyncio.run(trainer.roll_out(0)).trees
     hook.remove()
     return trees, shapes
 

@@ -28,7 +28,7 @@ class Saving(Run):
 
     saved = 0
 
-    def save_checkpoint(self, *_: object) -> Path:
+    def save_checkpoint(self, *_: object, **__: object) -> Path:
         self.saved += 1
         return self.folder
 
@@ -39,9 +39,15 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(void: list[int], *overrides: str) -> Saving:
         class Told:
+            done = 0
+
             def __init__(self, *_: object) -> None: ...
 
+            def state(self) -> dict[str, Any]:
+                return {}
+
             async def step(self, number: int) -> tuple[list[RolloutTree], dict[str, Any]]:
+                self.done = number + 1
                 return [RolloutTree("q", [1])], {"step": number + 1, **FIGURES, "void": void[number]}
 
         monkeypatch.setattr(workflow, "Trainer", Told)

@@ -1,4 +1,4 @@
-"""The command line: quickstart, train, sft, eval, diagnose, methods, simulate, tools check.
+"""The command line: quickstart, train, resume, sft, eval, compare, diagnose, methods, simulate, tools check.
 
 A user's mistake is told in lines that begin with "error:" on stderr, and ends the command with code 2; an alarm that
 stops a run ends it with code 3, Ctrl-C with code 130. Torch and transformers are imported by the commands, so that help
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from axpo.cli_compare import compare
 from axpo.cli_diagnose import diagnose
 from axpo.cli_methods import methods
 from axpo.cli_shared import (
@@ -33,12 +34,16 @@ from axpo.cli_shared import (
 )
 from axpo.cli_simulate import simulate_command
 from axpo.cli_tools import tools
-from axpo.config import MINIATURE, ConfigError, load_config
+from axpo.config import MINIATURE, Config, ConfigError, load_config
 from axpo.progress import TerminalProgress
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from axpo.build import Data
     from axpo.chat import Chat
     from axpo.questions import Trajectory
+    from axpo.run import Run
     from axpo.tools.base import Toolbox
     from axpo.tree import RolloutTree
 
@@ -79,10 +84,11 @@ def quickstart(overrides: Overrides = None) -> None:
 
         chat, toolbox = prepare(config)
         data = build.load_data(config)
-        run = new_run(config)
+        run = new_run(config, "quickstart")
         model = load_model(config, run)
         with running(run), TerminalProgress() as progress:
             summary = run_quickstart(config, run, progress, model, chat, toolbox, data)
+            run.end()
         show(summary)
         folder = shown(run.folder)
         typer.echo(
@@ -102,20 +108,28 @@ def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
     with command():
         config = load_config(config_file, overrides or [])
         require(config.data.train, "data.train")
-        from axpo import build
-        from axpo.workflow import run_training
+        chat, toolbox, data = _prepare_training(config)
+        run = new_run(config, "train")
+        _train(config, run, load_model(config, run), chat, toolbox, data)
 
-        chat, toolbox = prepare(config)
-        data = build.load_data(config)
-        for questions in (data.train, data.eval):
-            check_prompt(config, chat, toolbox, questions or [])
-        run = new_run(config)
-        model = load_model(config, run)
-        with running(run), TerminalProgress() as progress:
-            figures = asyncio.run(run_training(config, run, progress, model, chat, toolbox, data))
-        if figures:
-            finish(run, {config.method.name: figures})
-        typer.echo(f"run folder: {shown(run.folder)}")
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of axpo train.")],
+) -> None:
+    """Go on with a run of axpo train that was interrupted or killed.
+
+    It goes on from its last checkpoint (train.save_every) with its own config, and ends in the same numbers as if it
+    had never stopped.
+    """
+    with command():
+        from axpo import build
+        from axpo.run import Run
+
+        run = Run.reopen(folder)
+        config = load_config(run.folder / "config.yaml").model_copy(update={"output": run.folder})
+        chat, toolbox, data = _prepare_training(config)
+        _train(config, run, build.load_model(config), chat, toolbox, data)
 
 
 @app.command()
@@ -134,11 +148,12 @@ def sft(config_file: ConfigFile, overrides: Overrides = None) -> None:
             trees = [_trajectory_tree(each, chat, toolbox) for each in build.load_sft_data(config)]
         elif missing := {"zoom", "python", "search"}.difference(map(str, config.tools.names)):
             raise ConfigError(f"tools.names: the teacher of data.sft={MINIATURE} needs {', '.join(sorted(missing))}")
-        run = new_run(config)
+        run = new_run(config, "sft")
         model = load_model(config, run)
         with running(run), TerminalProgress() as progress:
             trees = trees or asyncio.run(teach(chat, toolbox, progress, config.seed))
             run_sft(config, run, progress, model, chat, trees)
+            run.end()
         typer.echo(f"run folder: {shown(run.folder)}")
 
 
@@ -162,20 +177,48 @@ def evaluate(
         questions = build.load_data(config).eval
         assert questions is not None
         check_prompt(config, chat, toolbox, questions)
-        run = new_run(config)
+        run = new_run(config, "eval")
         model = load_model(config, run)
         with running(run), TerminalProgress() as progress:
             engine = build.make_engine(config, model, chat)
             evaluation = run_evaluation(config, run, progress, engine, chat, toolbox, questions, checkpoint)
             figures = asyncio.run(evaluation)
-        finish(run, {checkpoint: figures})
+            finish(run, {checkpoint: figures})
+            run.end()
         typer.echo(f"written to {shown(run.folder)}")
 
 
+app.command()(compare)
 app.command()(diagnose)
 app.command()(methods)
 app.command("simulate")(simulate_command)
 app.add_typer(tools, name="tools")
+
+
+def _prepare_training(config: Config) -> "tuple[Chat, Toolbox, Data]":
+    from axpo import build
+
+    chat, toolbox = prepare(config)
+    data = build.load_data(config)
+    for questions in (data.train, data.eval):
+        check_prompt(config, chat, toolbox, questions or [])
+    return chat, toolbox, data
+
+
+def _train(
+    config: Config, run: "Run", model: "PreTrainedModel", chat: "Chat", toolbox: "Toolbox", data: "Data"
+) -> None:
+    """Train from where the run stands to its end."""
+    from axpo.workflow import run_training
+
+    with running(run), TerminalProgress() as progress:
+        figures = asyncio.run(run_training(config, run, progress, model, chat, toolbox, data))
+        if figures:
+            run.save_summary({config.method.name: figures})
+        run.end()
+    if figures:
+        show({config.method.name: figures})
+    typer.echo(f"run folder: {shown(run.folder)}")
 
 
 def _trajectory_tree(trajectory: "Trajectory", chat: "Chat", toolbox: "Toolbox") -> "RolloutTree":

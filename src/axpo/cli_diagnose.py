@@ -69,7 +69,7 @@ def diagnose(
         chat, toolbox = prepare(config)
         asked = build.load_probes(config, questions)
         check_prompt(config, chat, toolbox, asked)
-        run = new_run(config)
+        run = new_run(config, "diagnose")
         model = load_model(config, run)
         effort = Effort(config.rollout.rollouts, continuations, prefixes)
         threshold = config.method.threshold
@@ -81,6 +81,7 @@ def diagnose(
             run.save_summary({"model": config.model, "data": data, **found}, "diagnose")
             plot_gap(found, run.folder / "gap.png")
             plot_divergence(found, run.folder / "divergence.png")
+            run.end()
         console = Console()
         console.print(_table(found, continuations), width=min(WIDTH, console.width))
         for line in _remarks(found):

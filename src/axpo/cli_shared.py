@@ -75,9 +75,10 @@ def _is_mistake(error: ValueError) -> bool:
 
 @contextmanager
 def running(run: "Run") -> Iterator[None]:
-    """Tell where the run lies if it is interrupted, or stopped by an alarm."""
+    """Keep the run's folder to this process; tell where it lies if it is interrupted, or stopped by an alarm."""
     try:
-        yield
+        with run.locked():
+            yield
     except AlarmStop as stop:
         typer.echo(f"{stop}: the run so far is in {shown(run.folder)}", err=True)
         raise typer.Exit(3) from None
@@ -169,12 +170,12 @@ def refuse(overrides: Sequence[str], reasons: Mapping[str, str]) -> None:
             raise ConfigError(f"{key}: cannot be given here; {reason}")
 
 
-def new_run(config: Config) -> "Run":
-    """Make the run folder. Raises ConfigError where it cannot be."""
+def new_run(config: Config, command: str) -> "Run":
+    """Make the run folder of a command. Raises ConfigError where it cannot be."""
     from axpo.run import Run
 
     try:
-        return Run(config)
+        return Run(config, command)
     except OSError as error:
         raise ConfigError(f"output: {config.output} cannot be written: {error.strerror}") from error
 

@@ -4,8 +4,9 @@ A config is a YAML file plus overrides such as `train.learning_rate=1e-5`. A rel
 the file; in an override, to the current folder. Everything is checked before a model is loaded.
 """
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ from axpo.options import (
     TrainConfig,
 )
 
-__all__ = ["MINIATURE", "Config", "ConfigError", "Source", "load_config", "save_config"]
+__all__ = ["MINIATURE", "Config", "ConfigError", "Source", "load_config", "make_config", "read_yaml", "save_config"]
 
 
 class ConfigError(ValueError):
@@ -95,10 +96,14 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with one line for each problem.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        data = _spelled_out(_read(path))
-        _resolve_paths(data, Path(os.path.abspath(path)).parent)
+    if path is None:
+        return make_config({}, Path(), overrides)
+    return make_config(read_yaml(path), Path(os.path.abspath(path)).parent, overrides)
+
+
+def make_config(given: Mapping[str, Any], folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """As `load_config`, of what a YAML file in this folder would hold."""
+    data = keys_of_file(given, folder)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
@@ -114,9 +119,18 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError("\n".join(describe(error, Config))) from error
 
 
+def keys_of_file(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a YAML file in this folder holds, short forms spelled out and its relative paths made absolute."""
+    data = _spelled_out(copy.deepcopy(dict(given)))
+    _resolve_paths(data, folder)
+    return data
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the config with every key and absolute paths, as YAML that `load_config` reads back equal."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8")
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8")
+    beside.replace(path)
 
 
 def _spelled_out(data: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +168,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises ConfigError for a file that holds anything else, or a key twice."""
     if not path.is_file():
         raise ConfigError(f"{path}: {'is not a file' if path.exists() else 'no such file'}; must be a YAML file")
     data = _parse(path.read_bytes(), str(path))

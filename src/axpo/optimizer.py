@@ -1,5 +1,8 @@
 """AdamW with a warm-up and gradient clipping."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -48,6 +51,21 @@ class Optimizer:
         for parameter in self.parameters:
             parameter.grad = None
         return norm
+
+    def state(self) -> dict[str, Any]:
+        """All that its next steps depend on besides the weights."""
+        return {
+            "steps": self.steps,
+            "adamw": self.adamw.state_dict(),
+            "copies": [copy.detach() for copy in self.copies.values()],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned; the model has the weights of then."""
+        self.steps = state["steps"]
+        self.adamw.load_state_dict(state["adamw"])
+        for copy, saved in zip(self.copies.values(), state["copies"], strict=True):
+            copy.data.copy_(saved)
 
     def _share(self) -> float:
         rising = min(1.0, self.steps / (self.warmup_steps + 1))

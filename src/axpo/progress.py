@@ -107,7 +107,7 @@ class TerminalProgress:
             self._live = None
         if self._stage is not None:
             stage, self._stage = self._stage, None
-            self._print(f"{stage.name}: {stage.done}/{stage.total} in {_duration(self._clock() - stage.started)}")
+            self._print(f"{stage.name}: {stage.done}/{stage.total} in {duration(self._clock() - stage.started)}")
 
     def _print(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -121,15 +121,15 @@ class TerminalProgress:
                 self._print(" ".join(title.rjust(width) for title, width in COLUMNS))
             cells = (
                 f"{stage.done}/{stage.total}",
-                *map(_percent, _shares(figures)),
+                *map(percent, _shares(figures)),
                 f"{figures['recovered']}/{figures['forked']}",
                 str(figures["void"]),
                 _rate(figures),
-                _duration(stage.left(self._clock())),
+                duration(stage.left(self._clock())),
             )
             self._print(" ".join(cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)))
         elif "loss" in figures and stage.done % SFT_LINES == 0:
-            place, left = f"{stage.name}: {stage.done}/{stage.total}", _duration(stage.left(self._clock()))
+            place, left = f"{stage.name}: {stage.done}/{stage.total}", duration(stage.left(self._clock()))
             self._print(f"{place}  loss {figures['loss']:.4f}  {left} left in this stage")
 
     # The live display
@@ -143,7 +143,7 @@ class TerminalProgress:
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True)
         bar.add_column(no_wrap=True)
-        left = f"{_duration(stage.left(self._clock()))} left in this stage"
+        left = f"{duration(stage.left(self._clock()))} left in this stage"
         bar.add_row(
             Text(stage.name, style="bold"),
             ProgressBar(total=max(stage.total, 1), completed=stage.done),
@@ -162,7 +162,7 @@ class TerminalProgress:
 
 def _reinforcement_figures(stage: _Stage) -> Table:
     figures = stage.figures
-    accuracy, tool_use, wrong_tool, wrong_no_tool = map(_percent, _shares(figures))
+    accuracy, tool_use, wrong_tool, wrong_no_tool = map(percent, _shares(figures))
     table = Table.grid(padding=(0, 1))
     for _ in range(3):
         table.add_column(no_wrap=True)
@@ -170,7 +170,7 @@ def _reinforcement_figures(stage: _Stage) -> Table:
     recovered = f"{figures['recovered']}/{figures['forked']}"
     table.add_row("accuracy", accuracy, "  all wrong with tool", wrong_tool, "  recovered prefixes", recovered)
     table.add_row("tool use", tool_use, "  all wrong without", wrong_no_tool, "  tokens a second", _rate(figures))
-    rewarded, same = _percent(figures["call_tokens_positive"]), _percent(figures["one_outcome"])
+    rewarded, same = percent(figures["call_tokens_positive"]), percent(figures["one_outcome"])
     errors = f"{figures['tool_errors']}/{figures['tool_calls']}"
     table.add_row("calls rewarded", rewarded, "  groups of 1 outcome", same, "  tool errors", errors)
     if stage.void:
@@ -189,13 +189,13 @@ def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> Group:
     titles = [f"Pass@{key.removeprefix('pass')}" for key in passes]
     table = _table([*titles, "tool use", "accuracy\nwith tool", "accuracy\nwithout"])
     for name, entry in summary.items():
-        table.add_row(escape(name.upper()), *(_percent(entry.get(key)) for key in keys))
+        table.add_row(escape(name.upper()), *(percent(entry.get(key)) for key in keys))
     families = sorted({family for entry in summary.values() for family in entry["families"]})
     if not families:
         return Group(table)
     by_family = _table([escape(name.upper()) for name in summary], "Pass@1 by family")
     for family in families:
-        by_family.add_row(escape(family), *(_percent(entry["families"].get(family)) for entry in summary.values()))
+        by_family.add_row(escape(family), *(percent(entry["families"].get(family)) for entry in summary.values()))
     return Group(table, "", by_family)
 
 
@@ -211,7 +211,8 @@ def _shares(figures: Mapping[str, Any]) -> list[float | None]:
     return [figures[name] for name in ("accuracy", "tool_use", "all_wrong_tool", "all_wrong_no_tool")]
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """As 12.3%; "–" of nothing."""
     return NOTHING if share is None else f"{100 * share:.1f}%"
 
 
@@ -219,7 +220,7 @@ def _rate(figures: Mapping[str, Any]) -> str:
     return f"{figures['generated_tokens'] / figures['seconds']:.0f}" if figures["seconds"] else NOTHING
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     """As m:ss, or h:mm:ss from an hour on."""
     if seconds is None:
         return NOTHING

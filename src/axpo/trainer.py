@@ -1,8 +1,10 @@
 """Training by reinforcement: roll out, fork, credit, pack, step."""
 
 import copy
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from axpo.loss import kl_k3, policy_loss, token_weights
 from axpo.methods import METHODS
 from axpo.optimizer import Optimizer
 from axpo.packing import Pack, PackInputs, forward_logprobs, pack_logprobs, pack_trees
-from axpo.policy import banned_tokens, update_forward
+from axpo.policy import PolicyError, banned_tokens, update_forward
 from axpo.questions import Question
 from axpo.tree import RolloutTree
 
@@ -37,8 +39,11 @@ class Trainer:
         self.questions = questions
         self.method = METHODS[config.method.name]
         self.kept = 0  # rollouts that an adaptive budget has left over
+        self.done: int | None = 0  # the steps that made the weights; None while an update moves them
         self.model = model
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if config.method.kl > 0 else None
+        # Enough to tell weights apart: the sum of each parameter of the policy that training starts from.
+        self.start = torch.stack([p.detach().sum(dtype=torch.float64) for p in model.parameters()]).cpu()
         self.banned = banned_tokens(agent.chat, self.model)
         train = config.train
         self.optimizer = Optimizer(
@@ -48,26 +53,53 @@ class Trainer:
     async def step(self, number: int) -> tuple[list[RolloutTree], Figures]:
         """One training step (AXPO.md, section 3); `number` counts from 0. Returns its trees and its figures."""
         started = time.perf_counter()
-        trees = await self.roll_out(number)
+        drawing = await self.roll_out(number)
+        trees = drawing.trees
         self.agent.engine.sleep()
         rolled_out = time.perf_counter()
         for tree in trees:
             self.method.credit(tree, self.config.method)
+        self.done = None
         figures = self.update(trees)
+        self.kept, self.done = drawing.kept, number + 1
         self.agent.engine.update_weights()
         ended = time.perf_counter()
         seconds = {"rollout_seconds": rolled_out - started, "update_seconds": ended - rolled_out}
         return trees, {"step": number + 1, **measure(trees, self.config.method.threshold), **figures, **seconds}
 
-    async def roll_out(self, number: int) -> list[RolloutTree]:
-        """The trees of a step: N rollouts of every question, and what the method makes of them."""
+    async def roll_out(self, number: int) -> Drawing:
+        """What a step draws: N rollouts of every question, and what the method makes of them."""
         spare = self.spare(number) if self.config.method.dynamic_sampling else []
         seed = (TRAINING, self.config.seed, number)
         drawing = Drawing(self.agent, self.batch(number), self.config.group_size, seed, spare, self.kept)
         self.method.explore(drawing, self.config.method)
         await drawing.ended()
-        self.kept = drawing.kept
-        return drawing.trees
+        return drawing
+
+    def state(self) -> dict[str, Any]:
+        """All that the next steps depend on besides the weights, for `restore`. Not while an update moves these.
+
+        The question order and the seeds of rollouts follow from the step's number.
+        """
+        return {
+            "steps": self.done,
+            "kept": self.kept,
+            "optimizer": self.optimizer.state(),
+            "start": self.start,
+            "random": random_state(),
+        }
+
+    def restore(self, state: Mapping[str, Any], weights: PreTrainedModel) -> None:
+        """Go on from what `state` returned, with the weights of then.
+
+        Raises PolicyError where the policy that this trainer was made with is not the one that training started from.
+        """
+        if state["start"].shape != self.start.shape or not torch.allclose(state["start"], self.start, rtol=1e-6):
+            raise PolicyError("model: holds other weights than those that the run started from, which it still needs")
+        self.model.load_state_dict(weights.state_dict())
+        self.done, self.kept = state["steps"], state["kept"]
+        self.optimizer.restore(state["optimizer"])
+        restore_random_state(state["random"])
 
     def batch(self, number: int) -> list[Question]:
         """The questions of a step: each epoch goes through all of them once, in an order of its own."""
@@ -158,3 +190,23 @@ class Trainer:
         )
         divergence = 0.0 if reference is None else kl_k3(logprobs.detach(), reference).mean().item()
         return loss, divergence
+
+
+def random_state() -> dict[str, Any]:
+    """The generators that are everybody's: a step needs none of them, but a tool of the user's may."""
+    numpy_state = np.random.get_state(legacy=False)
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Go on from what `random_state` returned. A machine with other GPUs keeps their generators as they are."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -13,6 +13,7 @@ from axpo.config import Config
 from axpo.diagnostics.alarms import Alarms, AlarmStop
 from axpo.engines.base import Engine
 from axpo.evaluation.runner import evaluate, summarise
+from axpo.policy import load_policy
 from axpo.questions import Question
 from axpo.run import Run
 from axpo.sft import sft_steps
@@ -42,6 +43,8 @@ async def run_training(
 ) -> dict[str, Any]:
     """Train by reinforcement and evaluate; returns the last evaluation.
 
+    Goes on from the run's last checkpoint, if it has one: what came after it is done again, in the same numbers.
+
     Trees and figures are written with every step, a checkpoint every `train.save_every` steps and at the end,
     also where the run is interrupted. An alarm that begins is logged as a warning.
 
@@ -50,35 +53,53 @@ async def run_training(
     assert data.train is not None
     engine = build.make_engine(config, model, chat)
     trainer = Trainer(config, build.training_agent(config, engine, chat, toolbox), model, data.train)
-    summary: dict[str, Any] = {}
     alarms = Alarms(config.alarms, bool(config.tools.names))
-    progress.stage(config.method.name, config.train.steps)
+    saved = None
+    if (state := run.training_state()) is not None:
+        trainer.restore(state["trainer"], load_policy(run.folder / "checkpoint", model.dtype))
+        alarms.restore(state["alarms"])
+        saved = trainer.done
+    done, steps, name = saved or 0, config.train.steps, config.method.name
+    run.rewind(name, done)
+    evaluated = run.evaluations()
+
+    async def evaluate_as(called: str) -> dict[str, Any]:
+        return await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval or [], called)
+
+    def save() -> None:
+        run.save_checkpoint(model, chat, state={"trainer": trainer.state(), "alarms": alarms.state()})
+
+    progress.stage(name, steps - done)
     try:
-        for number in range(config.train.steps):
+        while done < steps:
+            due = data.eval and config.eval.every and done and done % config.eval.every == 0
+            if due and f"step_{done}" not in evaluated:
+                await evaluate_as(f"step_{done}")
+                progress.stage(name, steps - done)
             started = time.perf_counter()
-            trees, figures = await trainer.step(number)
-            run.save_trees(f"step_{number + 1:05d}", trees)
+            trees, figures = await trainer.step(done)
+            run.save_trees(f"step_{done + 1:05d}", trees)
             figures["seconds"] = time.perf_counter() - started
             on = alarms.step(figures)
-            run.log({"stage": config.method.name, **figures, "alarms": [alarm.name for alarm in on]})
+            run.log({"stage": name, **figures, "alarms": [alarm.name for alarm in on]})
+            done += 1
             progress.step(figures)
             for alarm in on:
                 if alarm.begun:
-                    logger.warning("step %d: %s", number + 1, alarm.message)
+                    logger.warning("step %d: %s", done, alarm.message)
             if on and config.alarms.stop:
                 names = ", ".join(alarm.name for alarm in on)
-                raise AlarmStop(f"stopped after step {number + 1} by alarms.stop ({names})")
-            done = number + 1
-            if config.train.save_every and done % config.train.save_every == 0 and done < config.train.steps:
-                run.save_checkpoint(model, chat)
-            if config.eval.every and done % config.eval.every == 0 and done < config.train.steps and data.eval:
-                summary = await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval, f"step_{done}")
-                progress.stage(config.method.name, config.train.steps - done)
+                raise AlarmStop(f"stopped after step {done} by alarms.stop ({names})")
+            if config.train.save_every and done % config.train.save_every == 0:
+                save()
+                saved = done
     finally:
-        run.save_checkpoint(model, chat)
-    if data.eval:
-        summary = await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval, config.method.name)
-    return summary
+        # An error amid an update, or amid writing a step, leaves weights that are of no logged step.
+        if trainer.done == done != saved:
+            save()
+    if name in evaluated:
+        return evaluated[name]
+    return await evaluate_as(name) if data.eval else {}
 
 
 async def run_evaluation(

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import numpy as np
@@ -126,3 +127,16 @@ def test_mistakes(override: str, expected: str):
     with pytest.raises(ConfigError) as error:
         load_config(None, [override])
     assert str(error.value).startswith(expected)
+
+
+def test_restored_they_say_what_they_would_have_said():
+    series = [FINE | figures for figures in uses(0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.01, 0.01, 0.01)]
+    whole = Alarms(AlarmsConfig(steps=7))
+    first = [whole.step(figures) for figures in series]
+    assert any(alarm.begun for alarms in first for alarm in alarms)
+    for stop in range(len(series)):
+        before, after = Alarms(AlarmsConfig(steps=7)), Alarms(AlarmsConfig(steps=7))
+        for figures in series[:stop]:
+            before.step(figures)
+        after.restore(json.loads(json.dumps(before.state())))
+        assert [after.step(figures) for figures in series[stop:]] == first[stop:]

@@ -50,6 +50,16 @@ class Alarms:
         self._on = {alarm.name for alarm in alarms}
         return alarms
 
+    def state(self) -> dict[str, list[Any]]:
+        """What the next steps are judged by."""
+        return {"on": sorted(self._on), "tool_use": [*self._tool_use], "one_outcome": [*self._one_outcome]}
+
+    def restore(self, state: Mapping[str, list[Any]]) -> None:
+        """Go on from what `state` returned."""
+        self._on = set(state["on"])
+        self._tool_use.extend(state["tool_use"])
+        self._one_outcome.extend(state["one_outcome"])
+
     def _found(self, figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         limits, last = self.options, f"of the last {self.options.steps} steps"
         if self.tools and len(self._tool_use) == limits.steps:

@@ -1,0 +1,123 @@
+"""From the run folders of a comparison to its figures: each cell's, and each method's with intervals over seeds."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from axpo.comparison.bootstrap import METHOD, estimate
+from axpo.comparison.cells import has_ended, metrics
+from axpo.comparison.grid import START, Cell, Grid
+
+DYNAMICS = ("accuracy", "tool_use", "all_wrong_tool", "forked", "recovered")
+SPENT = ("rollouts", "generated_tokens", "trained_tokens", "seconds")
+SHARES = ("tool_use", "all_wrong_tool", "all_wrong_no_tool", "accuracy_tool", "accuracy_no_tool")
+
+Result = dict[str, Any]
+Estimate = dict[str, float | None]
+
+
+def results_of(cells: Sequence[Cell]) -> list[Result]:
+    """What came of each cell that has ended (fine-tuning apart).
+
+    `evaluation`: its last one; `evaluations`: those amid training, by the number of steps; `spent`: sums over its
+    steps; `dynamics`: lists over its steps, None where a step has no such figure.
+    """
+    return [_result(cell) for cell in cells if cell.command == "train" and has_ended(cell)]
+
+
+def _result(cell: Cell) -> Result:
+    lines, method = metrics(cell.folder), cell.config.method.name
+    steps = [line for line in lines if line["stage"] == method]
+    evaluations = {line["of"]: line for line in lines if line["stage"] == "eval"}
+    return {
+        "method": cell.name,
+        "seed": cell.seed,
+        "evaluation": _figures(evaluations[method]),
+        "evaluations": {
+            name.removeprefix("step_"): _figures(line) for name, line in evaluations.items() if name.startswith("step_")
+        },
+        "steps": len(steps),
+        "spent": {key: sum(step[key] for step in steps) for key in SPENT},
+        "dynamics": {key: [step[key] for step in steps] for key in DYNAMICS},
+    }
+
+
+def _figures(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key not in ("stage", "of", "seconds")}
+
+
+def summarise(grid: Grid, cells: Sequence[Cell], results: Sequence[Result]) -> dict[str, Any]:
+    """The figures of methods, pairs and families, each with `mean`, `low` and `high` (None: no interval, or no value).
+
+    Pairs are differences on the seeds that both have; their name is FIRST_minus_SECOND.
+    """
+    by_seed = {name: _by_seed(results, name) for name in (START, *grid.methods)}
+    keys = metric_names(cells)
+    families = sorted({family for result in results for family in result["evaluation"]["families"]})
+
+    def of_family(family: str) -> dict[str, Any]:
+        def pass1(result: Result) -> float | None:
+            share: float | None = result["evaluation"]["families"].get(family)
+            return share
+
+        return {
+            "methods": {name: {"pass1": over_seeds(found, pass1)} for name, found in by_seed.items()},
+            "pairs": {f"{a}_minus_{b}": {"pass1": difference(by_seed[a], by_seed[b], pass1)} for a, b in grid.compared},
+        }
+
+    wanted = [cell for cell in cells if cell.command == "train"]
+    return {
+        "cells": {"finished": len(results), "all": len(wanted)},
+        "interval": METHOD,
+        "methods": {
+            name: {"seeds": len(found), **{key: over_seeds(found, _getter(key)) for key in keys}}
+            for name, found in by_seed.items()
+        },
+        "pairs": {
+            f"{a}_minus_{b}": {
+                "seeds": len(by_seed[a].keys() & by_seed[b].keys()),
+                **{key: difference(by_seed[a], by_seed[b], _getter(key)) for key in keys},
+            }
+            for a, b in grid.compared
+        },
+        "families": {family: of_family(family) for family in families},
+    }
+
+
+def metric_names(cells: Sequence[Cell]) -> list[str]:
+    """pass1, pass4 (by the samples of evaluation), the shares, and what was spent."""
+    passes = sorted({1, *(cell.config.eval.samples for cell in cells)})
+    return [*(f"pass{k}" for k in passes), *SHARES, *SPENT]
+
+
+def over_seeds(found: Mapping[int, Result], get: Callable[[Result], float | None]) -> Estimate:
+    """The estimate of a figure from the results of one method, by seed."""
+    return estimate([get(found[seed]) for seed in sorted(found)])
+
+
+def difference(
+    first: Mapping[int, Result], second: Mapping[int, Result], get: Callable[[Result], float | None]
+) -> Estimate:
+    """The estimate of the difference between two methods on the same seeds."""
+    differences = []
+    for seed in sorted(first.keys() & second.keys()):
+        a, b = get(first[seed]), get(second[seed])
+        differences.append(None if a is None or b is None else a - b)
+    return estimate(differences)
+
+
+def _getter(key: str) -> Callable[[Result], float | None]:
+    def get(result: Result) -> float | None:
+        found: float | None = result["spent" if key in SPENT else "evaluation"].get(key)
+        return found
+
+    return get
+
+
+def _by_seed(results: Sequence[Result], name: str) -> dict[int, Result]:
+    return {result["seed"]: result for result in results if result["method"] == name}
+
+
+def as_text(data: Any) -> str:
+    """JSON, a line for each entry of the outer levels."""
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,131 @@
+"""Curves over training steps: what happens in training, as the paper's plots of its dynamics, and what is learnt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from axpo.comparison.aggregate import Result
+from axpo.comparison.bootstrap import interval
+from axpo.comparison.grid import START
+
+MOST = 6  # methods in one plot, the grid's first ones: more cannot be told apart
+WINDOW = 5  # steps of a running mean
+COLOURS = ("#c8553d", "#3b6ea8", "#5b8c5a", "#8e6c9e", "#c79a3b", "#6b7280")
+_DPI = 150
+
+Curve = NDArray[np.float64]  # (seeds, steps), nan where there is no value
+
+
+def plot_dynamics(results: Sequence[Result], methods: Sequence[str], path: Path) -> None:
+    """Write a PNG of four figures of the training steps: means over seeds, smoothed, with 95% intervals."""
+    panels = (
+        ("tool_use", "rollouts that call a tool"),
+        ("all_wrong_tool", "questions whose calls are all wrong"),
+        ("recovered", "resampled prefixes that were recovered"),
+        ("accuracy", "rollouts that are right"),
+    )
+    figure = Figure(figsize=(9.6, 6.8), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        drawn = False
+        for place, name in enumerate(methods[:MOST]):
+            values = curve([dynamic(result, key) for result in results if result["method"] == name])
+            if values.size and not np.isnan(values).all():
+                drawn = True
+                _draw(axes, np.arange(1, values.shape[1] + 1), smooth(values), name, COLOURS[place])
+        _finish(axes, title, "training step", drawn)
+    figure.suptitle(
+        f"Training: means over seeds and the last {WINDOW} steps; bands: 95% intervals, from 3 seeds on",
+        fontsize="medium",
+    )
+    figure.savefig(path, dpi=_DPI)
+
+
+def plot_learning(results: Sequence[Result], methods: Sequence[str], path: Path) -> None:
+    """Write a PNG of Pass@1 and tool use on the held-out questions, from the start to the end."""
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    start = {result["seed"]: result for result in results if result["method"] == START}
+    for axes, (key, title) in zip(
+        figure.subplots(1, 2), (("pass1", "held-out Pass@1"), ("tool_use", "held-out tool use")), strict=True
+    ):
+        drawn = False
+        for place, name in enumerate(methods[:MOST]):
+            found = [
+                _evaluated(result, start.get(result["seed"]), key) for result in results if result["method"] == name
+            ]
+            steps = sorted({step for each in found for step in each})
+            values = np.array([[_number(each.get(step)) for step in steps] for each in found])
+            if values.size:
+                drawn = True
+                _draw(axes, np.array(steps), values, name, COLOURS[place], "o")
+        _finish(axes, title, "training steps", drawn)
+    figure.savefig(path, dpi=_DPI)
+
+
+def dynamic(result: Result, key: str) -> list[float | None]:
+    """A figure of each training step of a cell; `recovered` as the share of what was resampled."""
+    values: list[float | None] = result["dynamics"][key]
+    if key != "recovered":
+        return values
+    forked = result["dynamics"]["forked"]
+    return [None if not tried else (found or 0) / tried for found, tried in zip(values, forked, strict=True)]
+
+
+def curve(rows: Sequence[Sequence[float | None]]) -> Curve:
+    """Rows of unequal length as one array."""
+    values = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
+    for place, row in enumerate(rows):
+        values[place, : len(row)] = [_number(value) for value in row]
+    return values
+
+
+def smooth(values: Curve, window: int = WINDOW) -> Curve:
+    """The mean over the last `window` steps, of those that have a value."""
+    known, filled = ~np.isnan(values), np.nan_to_num(values)
+    sums, counts = (np.cumsum(np.pad(each, ((0, 0), (1, 0))), 1) for each in (filled, known.astype(float)))
+    first = np.maximum(np.arange(1, values.shape[1] + 1) - window, 0)
+    total, count = sums[:, 1:] - sums[:, first], counts[:, 1:] - counts[:, first]
+    means: Curve = np.divide(total, count, out=np.full_like(values, np.nan), where=count > 0)
+    return means
+
+
+def _draw(axes: Axes, steps: Any, values: Curve, name: str, colour: str, marker: str = "") -> None:
+    """The mean over the seeds that have a value at a step, and its interval where at least three have one."""
+    count = (~np.isnan(values)).sum(0)
+    mean = np.divide(np.nansum(values, 0), count, out=np.full(len(count), np.nan), where=count > 0)
+    axes.plot(steps, 100 * mean, color=colour, label=f"{name} ({len(values)})", marker=marker, markersize=4)
+    low, high = np.full(len(count), np.nan), np.full(len(count), np.nan)
+    for pattern in {tuple(column) for column in ~np.isnan(values).T}:  # the seeds that a step has, mostly all
+        columns = (np.array(pattern) == ~np.isnan(values).T).all(1)
+        ends = interval(values[list(pattern)][:, columns])
+        if ends is not None:
+            low[columns], high[columns] = ends
+    axes.fill_between(steps, 100 * low, 100 * high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _evaluated(result: Result, start: Result | None, key: str) -> dict[int, float | None]:
+    found = {int(step): figures[key] for step, figures in result["evaluations"].items()}
+    found[result["steps"]] = result["evaluation"][key]
+    return found if start is None else {0: start["evaluation"][key], **found}
+
+
+def _finish(axes: Axes, title: str, below: str, drawn: bool) -> None:
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel(below)
+    axes.set_ylabel("%")
+    axes.set_ylim(-1, max(10.0, axes.get_ylim()[1]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    if drawn:
+        axes.legend(frameon=False, fontsize="small", title="method (seeds)", title_fontsize="small")
+    else:
+        axes.text(0.5, 0.5, "no such figure yet", ha="center", va="center", transform=axes.transAxes)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
