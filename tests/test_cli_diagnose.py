@@ -65,6 +65,7 @@ def test_a_run_is_diagnosed_into_a_new_folder_each_time(run: Path):
         "diagnose.json",
         "gap.png",
         "divergence.png",
+        "run.json",
         "trees",
     }
     found = json.loads((folder / "diagnose.json").read_text())

@@ -6,11 +6,14 @@ what to install or to choose where a level does not work.
 `bubblewrap` (Linux): the interpreter has user, pid, ipc, net, uts and mount namespaces of its own. It sees the system
 and this Python's packages read-only, nothing else of the machine's files, a /tmp of bounded size that is its home, and
 no environment. It has no privileges; system calls that manage the machine, namespaces or other processes are refused
-(interpreter/confine.py). Memory, CPU time, processes, the size of files and their number are limited, and all of its
-processes are killed at a call's deadline and at the rollout's end.
+(interpreter/confine.py). It can write into two places alone: its /tmp (64 MiB, in memory) and the file that it prints
+into (16 MiB, on the host's disk). Memory and CPU time of a process, processes, and the size and number of files are
+limited, and all of its processes are killed at a call's deadline and at the rollout's end.
 It does NOT protect from: faults of the kernel itself; reading what lies under /usr and in this Python's site-packages
-(keep no secrets there); use of all cores until the deadline; use of memory by many processes at once, each within the
-limit (the kernel is told to kill these first); side channels between processes of one machine.
+(keep no secrets there), or about the host's hardware; use of all cores until the rollout's end, also between calls; use
+of memory by many processes at once, each within the limit, and by the kernel for their sockets and pipes (a cgroup
+around the trainer would bound it; the kernel is told to kill these processes first); side channels between processes of
+one machine. The code runs as nobody where the trainer is root's, else as the trainer's own user.
 
 `none_i_trust_the_policy`: a plain child process in a folder of its own, with limits on memory, CPU time and files,
 and no environment.
@@ -372,6 +375,7 @@ def _bubblewrap() -> list[str]:
     """The command line: namespaces, and the few folders that are to be seen, read-only."""
     command = [shutil.which("bwrap") or "bwrap", "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
     command += [f"--unshare-{namespace}" for namespace in ("user", "pid", "ipc", "net", "uts")]
+    command += ["--hostname", "sandbox"]
     for folder in ("/usr", "/bin", "/lib", "/lib32", "/lib64"):
         if os.path.islink(folder):
             command += ["--symlink", os.readlink(folder), folder]

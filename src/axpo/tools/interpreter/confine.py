@@ -4,7 +4,8 @@ bubblewrap starts only programs; an interpreter is to be a fork, which has impor
 starts a placeholder (cat), and the fork joins the placeholder's namespaces by setns(2). What bubblewrap does for
 the programs that it starts, dropping privileges and installing a seccomp filter, is then done here.
 
-Linux 5.8 or later, x86-64 or aarch64.
+Linux 5.8 or later, x86-64 or aarch64. Before 5.14 the limit on processes counts those of all sandboxes together, and
+with an ordinary user's trainer all of that user's.
 """
 
 import ctypes

@@ -6,7 +6,7 @@ the code in UTF-8, then the images. They become the variables `image_0`, `image_
 A reply is a line with the request's number, counted from 1, the length of the traceback in bytes (0 where the code ran
 through) and those of the pictures to be shown, then the traceback, then the pictures as PNG. Reply 0 says that the
 interpreter is ready. Standard output and error are a file that the trainer reads. The code may write to the channel or
-close it: the trainer takes nothing here on trust.
+close it: the trainer takes nothing here on trust. A few replies to other requests are passed over.
 """
 
 import _ast

@@ -19,6 +19,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from dataclasses import dataclass
 
 from axpo.tools.interpreter import session
@@ -253,6 +254,8 @@ def _collect_dead(running: dict[int, _Running]) -> None:
 def _end_all(running: dict[int, _Running]) -> None:
     for lifeline, interpreter in running.items():
         _end(lifeline, interpreter)
+    deadline = time.monotonic() + 5  # the trainer waits for this process
     with contextlib.suppress(ChildProcessError):
-        while True:
-            os.waitpid(-1, 0)
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.005)
