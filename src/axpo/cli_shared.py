@@ -124,7 +124,7 @@ def check_prompt(config: Config, chat: "Chat", toolbox: "Toolbox", questions: "S
 
     for question in sorted(questions, key=lambda q: -len(q.images))[:1]:
         try:
-            ids, images = chat.prompt(question.messages, question.images, toolbox.schemas)
+            ids, images = chat.prompt(question.messages, question.images, toolbox.in_evaluation.schemas)
         except ChatError as error:
             raise ChatError(f"question {question.id}: {error}") from error
         for key, limit, taken, unit in (

@@ -44,6 +44,14 @@ def show(colour: str) -> list[Any]:
 
 
 @server.tool(structured_output=False)
+def strip(width: int) -> Any:
+    """A picture of one line."""
+    file = io.BytesIO()
+    PIL.Image.new("L", (width, 1)).save(file, "PNG")
+    return mcp_types.ImageContent(data=base64.b64encode(file.getvalue()).decode(), mime_type="image/png")
+
+
+@server.tool(structured_output=False)
 def noise(megabytes: int) -> Any:
     """A large picture."""
     file = io.BytesIO()

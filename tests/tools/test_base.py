@@ -231,6 +231,29 @@ def _png(width: int, height: int) -> bytes:
     return file.getvalue()
 
 
+def test_an_empty_image_is_the_policys_choice() -> None:
+    @described
+    def crop() -> Any:
+        return PIL.Image.new("RGB", (9, 9)).crop((0, 0, 0, 5))
+
+    assert run(crop) == ToolResult("Error: the image of this call is empty: 0 × 5 pixels.", fault=Fault.RAISED)
+
+
+def test_the_time_of_a_provider_is_not_the_rollouts() -> None:
+    @described
+    async def ask() -> str:
+        await asyncio.sleep(0.05)
+        return "answer"
+
+    async def story() -> list[ToolResult]:
+        toolbox, conversation = Toolbox([ask], rollout_timeout=0.01), Conversation()
+        return [await toolbox.call("ask", {}, conversation) for _ in range(2)]
+
+    assert [result.fault for result in asyncio.run(story())] == [None, Fault.TIMEOUT]
+    ask.counts = False  # type: ignore[attr-defined]
+    assert [result.fault for result in asyncio.run(story())] == [None, None]
+
+
 def test_evaluation_may_offer_more() -> None:
     @described
     def known() -> str:

@@ -125,6 +125,21 @@ def test_what_no_server_could_read_is_refused(server: Server) -> None:
     assert call(boxed(server), "add", a=1, b=2.0).text == "3"  # and it still answers
 
 
+def test_an_image_that_is_too_thin_is_the_policys_choice(server: Server) -> None:
+    result = call(boxed(server), "strip", width=300)
+    assert result.fault == Fault.RAISED
+    assert result.text == "Error: the image of this call is too thin to be shown: 300 × 1 pixels."
+
+
+def test_a_key_in_a_url_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ToolError, match="the environment variable MCP_KEY is not set"):
+        connect("http://127.0.0.1:9/mcp?key={key:MCP_KEY}")
+    monkeypatch.setenv("MCP_KEY", "hunter2-secret")
+    with pytest.raises(ToolError) as told:
+        connect("http://127.0.0.1:9/mcp?key={key:MCP_KEY}")
+    assert "hunter2" not in str(told.value)
+
+
 def test_results_are_text_images_and_words_for_the_rest(server: Server) -> None:
     toolbox = boxed(server)
     shown = call(toolbox, "show", colour="red")

@@ -218,3 +218,16 @@ def test_one_toolbox_serves_several_loops_and_many_rollouts(server: Any) -> None
 def test_what_strangers_write_is_cleaned() -> None:
     text = " a\x00b\x1b[31m\u202ec \n\n\t d\u200b\ufeff\U000e0041 \ud800 क्\u200dष "
     assert clean(text) == "ab[31mc d क्\u200dष"
+
+
+@pytest.mark.parametrize("organic", [5, {"a": 1}, "abc", [3], [{"title": {"a": 1}}]])
+def test_results_of_another_shape_are_the_providers_fault(organic: Any, search_server: Any, tmp_path: Path) -> None:
+    search_server.answer = {"organic": organic, "searchParameters": {}}
+    search_server.respond = lambda request: (200, search_server.answer)
+    provider = serper(f"{search_server.url}/serper", Limits(attempts=1, failures=None), tmp_path)
+    if isinstance(organic, list):
+        assert asyncio.run(provider.search("tower", 3)) == []
+    else:
+        with pytest.raises(SystemFault):
+            asyncio.run(provider.search("tower", 3))
+        assert list(tmp_path.rglob("*.json")) == []

@@ -369,6 +369,14 @@ def test_an_image_that_is_turned_is_seen_upright(sandbox: Sandbox) -> None:
     assert run(sandbox, "image_0.size", images=[file.getvalue()])[0] == ToolResult("(30, 40)")
 
 
+def test_an_image_that_does_not_open_costs_nothing(sandbox: Sandbox) -> None:
+    bits = io.BytesIO()
+    PIL.Image.new("1", (14000, 14000)).save(bits, "PNG")  # more than Pillow opens by itself
+    large, broken = run(sandbox, "image_0.size", "image_1", images=[bits.getvalue(), b"no image"])
+    assert large == ToolResult("(14000, 14000)")
+    assert broken == ToolResult("b'no image'")
+
+
 def test_an_image_as_value_and_what_is_shown_come_back(sandbox: Sandbox) -> None:
     codes = [
         "image_0.crop((0, 0, 20, 10))",

@@ -6,8 +6,9 @@ mixes them, or a `ToolResult`. A parameter annotated `Conversation` is filled in
 schema. A function may carry attributes: `timeout`, its own deadline in seconds; `concurrency`, how many of its calls
 may run at once; `schema`, the JSON schema of its arguments, which it then takes by name whatever they are; `prepare`,
 an async function of the conversation, awaited before each attempt, whose time and failure are the system's;
-`after_timeout`, a sentence that the policy reads when a call took too long; and `keeps = False` where it only reads the
-conversation, so that a fork need not call it again.
+`after_timeout`, a sentence that the policy reads when a call took too long; `keeps = False` where it only reads the
+conversation, so that a fork need not call it again; and `counts = False` where a call's time is its provider's doing
+and is not taken from the rollout's.
 
 What goes wrong has one owner. The policy's fault (bad arguments, its code raised, too slow) is an observation. The
 system's fault (`SystemFault`, any `OSError`, an HTTP client's transport error, see `is_system`) is tried again and then
@@ -175,7 +176,7 @@ class Toolbox:
                 raise PolicyFault(f"{used}; answer without tools.", Fault.TIMEOUT)
             output = await offer.run_with_retries(values, conversation)
             try:
-                return _result(output)
+                return _result(output) if isinstance(output, str) else await Worker().run(lambda: _result(output))
             except (TypeError, ValueError, OSError) as error:
                 raise SystemFault(f"the tool {name!r} returned what cannot be shown: {error}") from error
         except PolicyFault as fault:
@@ -200,6 +201,7 @@ class Offer:
         self.function = function
         self.timeout: float = getattr(function, "timeout", timeout)
         self.keeps = bool(self.arguments.conversation) and getattr(function, "keeps", True)
+        self.counts: bool = getattr(function, "counts", True)
         self.concurrency: int | None = getattr(function, "concurrency", concurrency)
         if self.concurrency is not None and self.concurrency < 1:
             raise ToolError(f"tool {self.name!r}: its concurrency is {self.concurrency}; at least 1 call must run")
@@ -233,9 +235,9 @@ class Offer:
             except SystemFault:
                 raise
             except PolicyFault:
-                conversation.tool_seconds += time.monotonic() - start
+                conversation.tool_seconds += self.counts * (time.monotonic() - start)
                 raise
-            conversation.tool_seconds += time.monotonic() - start
+            conversation.tool_seconds += self.counts * (time.monotonic() - start)
             return output
 
     def _turn(self) -> contextlib.AbstractAsyncContextManager[None]:
@@ -326,6 +328,9 @@ def _result(output: Any) -> ToolResult:
         if isinstance(part, str):
             texts.append(part)
         elif isinstance(part, PIL.Image.Image):
+            if 0 in part.size:
+                size = f"{part.width} × {part.height} pixels"
+                raise PolicyFault(f"the image of this call is empty: {size}.", Fault.RAISED)
             images.append(as_png(encode_png(as_seen(part))))
         elif isinstance(part, bytes):
             images.append(as_png(part))

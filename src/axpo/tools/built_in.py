@@ -92,7 +92,7 @@ def _image_search(options: "ToolsConfig") -> Tool:
         provider = image_endpoint(address, limits=limits, cache=cache)
     else:
         provider = serper_lens(address, limits=limits, cache=cache)
-    return make_image_search(provider, limits=limits, cache=cache)
+    return make_image_search(provider, cache=cache)
 
 
 def _named(choice: str | dict[str, str]) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """A local corpus: BM25 over its documents, and embeddings beside it, kept on disk and mapped into memory."""
 
 import array
-import asyncio
 import contextlib
 import hashlib
 import json
@@ -19,6 +18,7 @@ from axpo.tools.base import ToolError
 from axpo.tools.documents import MappedDocuments, read_documents, write_documents
 from axpo.tools.embeddings import Embeddings, embed, identify, load_embedder, load_vectors
 from axpo.tools.providers import Hit
+from axpo.tools.threads import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class Corpus:
         return f"local corpus of {len(self.documents)} documents, {ranking}"
 
     async def search(self, query: str, count: int) -> list[Hit]:
-        return await asyncio.to_thread(self.find, query, count)
+        found: list[Hit] = await Worker().run(lambda: self.find(query, count))
+        return found
 
     def find(self, query: str, count: int) -> list[Hit]:
         """The best documents by BM25; with embeddings, by both rankings merged by reciprocal rank."""
@@ -192,19 +193,31 @@ def kept(
     path = hashlib.sha256(str(identity[0]).encode("utf-8", "replace")).hexdigest()[:16]
     state = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = cache / f"{kind}-{path}-{state}"
-    if folder.is_dir():
+
+    def usable() -> bool:
+        if not folder.is_dir():
+            return False
         try:
             load(folder)
-            return folder
         except Exception as error:  # a damaged file may make a library raise anything
             logger.warning("%s is built anew: %s", folder, error)
+            return False
+        return True
+
+    if usable():
+        return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=f".{kind}-", ignore_cleanup_errors=True) as beside:
             fresh = Path(beside) / "fresh"
             fresh.mkdir()
             build(fresh)
+            if usable():  # another process has made it meanwhile, and may be reading it
+                return folder
+            damaged = folder.is_dir()
             for number, old in enumerate(cache.glob(f"{kind}-{path}-*")):
+                if old == folder and not damaged:
+                    continue
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
                     old.rename(Path(beside) / f"old{number}")
             try:

@@ -1,6 +1,5 @@
 """Who answers an image search: an endpoint that takes the image, Google Lens by Serper, or a table on disk."""
 
-import asyncio
 import base64
 import hashlib
 import io
@@ -15,6 +14,7 @@ from axpo.tools.base import ToolError
 from axpo.tools.cache import Answers
 from axpo.tools.keys import check_address, fill_headers, fill_keys, read_key
 from axpo.tools.providers import LINKS, TEXTS, TITLES, first, items
+from axpo.tools.threads import Worker
 from axpo.tools.web import Limits, Web, read_json
 
 THUMBNAILS = ("thumbnail", "thumbnailUrl", "image", "imageUrl")
@@ -100,6 +100,8 @@ def serper_lens(
         answer = read_json(body)
         if not isinstance(answer, dict) or not {"organic", "searchParameters"} & answer.keys():
             raise ValueError("the answer is no list of search results")
+        if not isinstance(answer.get("organic") or [], list):
+            raise ValueError("`organic` is no list")
         return image_hits(answer.get("organic") or [])
 
     async def ask(image: bytes, count: int) -> list[ImageHit]:
@@ -149,7 +151,8 @@ class ImageTable:
         return digest
 
     async def search(self, image: bytes, count: int) -> list[ImageHit]:
-        return await asyncio.to_thread(self.find, image, count)
+        found: list[ImageHit] = await Worker().run(lambda: self.find(image, count))
+        return found
 
     def find(self, image: bytes, count: int) -> list[ImageHit]:
         place = self._places.get(hashlib.sha256(image).digest())

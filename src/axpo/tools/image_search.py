@@ -15,6 +15,7 @@ from axpo.tools.base import Conversation, PolicyFault, SystemFault, Tool, ToolRe
 from axpo.tools.cache import Answers
 from axpo.tools.image_providers import ImageProvider
 from axpo.tools.search import NOTHING
+from axpo.tools.threads import Worker
 from axpo.tools.web import Limits, Web
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def make_image_search(
         return ToolResult("\n".join(lines), tuple(shown))
 
     image_search.timeout = math.inf  # type: ignore[attr-defined]
+    image_search.counts = False  # type: ignore[attr-defined]
     image_search.keeps = False  # type: ignore[attr-defined]
     image_search.provider = provider  # type: ignore[attr-defined]
     return image_search
@@ -88,7 +90,9 @@ class _Thumbnails:
                 kept = await self._answers.get({"thumbnail": thumbnail}, lambda: self._ask(thumbnail))
             else:
                 kept = thumbnail.partition("base64,")[2] or thumbnail
-            return await asyncio.to_thread(shrink, base64.b64decode(kept, validate=True), self.side)
+            file = base64.b64decode(kept, validate=True)
+            small: bytes = await Worker().run(lambda: shrink(file, self.side))
+            return small
         except (SystemFault, ValueError) as error:
             logger.info("a thumbnail is left out: %s", error)
             return None

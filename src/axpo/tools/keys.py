@@ -12,7 +12,8 @@ import httpx
 from axpo.tools.base import ToolError
 
 _PLACEHOLDER = re.compile(r"\{key:([^{}]*)\}")
-_LOGGERS = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.proxy")  # httpx logs every URL
+_PARTS = ("connection", "http11", "http2", "proxy")
+_LOGGERS = ("httpx", "httpx2", *(f"{core}.{part}" for core in ("httpcore", "httpcore2") for part in _PARTS))  # URLs
 _secrets: set[str] = set()
 
 

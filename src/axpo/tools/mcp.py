@@ -36,6 +36,7 @@ from mcp.client.streamable_http import streamable_http_client
 from axpo.tools.arguments import read_arguments
 from axpo.tools.base import Conversation, Fault, PolicyFault, SystemFault, Tool, ToolError, ToolResult, as_png
 from axpo.tools.faults import cut, described, short
+from axpo.tools.keys import fill_keys
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Server:
 
     def __init__(self, server: str, env: Sequence[str] = ()) -> None:
         self.name, self._command = _understood(server, env)
-        self._url = server
+        self._url = fill_keys(server, "an MCP server", in_url=True) if self._command is None else server
         self._secrets = [os.environ[name] for name in env if len(os.environ[name]) > 3]
         self._stderr = _Tail()
         self._connection: _Connection | None = None
@@ -181,6 +182,8 @@ class Server:
         except asyncio.CancelledError:
             self._keep(self._loop.create_task(self._check(connection)))
             raise
+        except PolicyFault:
+            raise
         except Exception as error:
             raise SystemFault(self._name(f"answered what makes no sense: {described(error)}")) from error
 
@@ -190,6 +193,8 @@ class Server:
             async with asyncio.timeout(ALIVE):
                 await connection.client.list_tools()
         except Exception:
+            if connection.stopped:
+                return
             logger.warning("%s; connecting again", self._name(f"gives no sign of life in {ALIVE:g} s"))
             self._drop(connection)
 
@@ -249,6 +254,10 @@ class _Connection:
         self.opened: asyncio.Future[list[mcp_types.Tool]] = asyncio.get_running_loop().create_future()
         self._stopped = asyncio.Event()
         self.task = asyncio.create_task(self._hold())
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
 
     def stop(self) -> None:
         self._stopped.set()

@@ -97,6 +97,8 @@ def serper(
         answer = read_json(body)
         if not isinstance(answer, dict) or not {"organic", "searchParameters"} & answer.keys():
             raise ValueError("the answer is no list of search results")
+        if not isinstance(answer.get("organic") or [], list):
+            raise ValueError("`organic` is no list")
         return clean_hits(answer.get("organic") or [])
 
     async def ask(query: str, count: int) -> list[Hit]:

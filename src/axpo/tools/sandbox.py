@@ -26,6 +26,7 @@ import asyncio
 import contextlib
 import io
 import os
+import resource
 import shutil
 import socket
 import struct
@@ -146,6 +147,7 @@ class Sandbox:
             f"template.ROOT = {root!r}; template.main(int(sys.argv[1]), {self._own()!r})"
         )
         ours, theirs = socket.socketpair()
+        _allow_many_files()
         setup = Setup(
             packages=_packages(),
             environment=_ENVIRONMENT,
@@ -193,6 +195,7 @@ class Interpreter:
             assert process is not None
             pictures: list[bytes] = []
             lost = True
+            process.forget_output()
             try:
                 async with asyncio.timeout(timeout):
                     report, pictures = await process.exchange(code, images)
@@ -264,7 +267,6 @@ class _Process:
     async def exchange(self, code: str, images: Sequence[bytes]) -> tuple[str, list[bytes]]:
         """The traceback, or "", and the pictures. Raises OSError, EOFError or ValueError where the interpreter has
         died or talks nonsense."""
-        self.file.truncate(0)
         self.requests += 1
         data, new = code.encode("utf-8", "replace"), images[self.images :]
         self.images = len(images)
@@ -284,6 +286,13 @@ class _Process:
             if answered == number:
                 return report.decode("utf-8", "replace"), pictures
         raise ValueError("too many replies to other requests")
+
+    def forget_output(self) -> None:
+        """Empty the file before a request. Raises SystemFault where the host's disk fails."""
+        try:
+            self.file.truncate(0)
+        except OSError as error:
+            raise SystemFault(f"the interpreter's output cannot be kept: {error}") from error
 
     def output(self) -> str:
         """What was printed since the last request, its middle left out where it is long."""
@@ -360,6 +369,14 @@ def _only_pixels(data: bytes) -> bytes:
                 return b"".join(kept)
             place = end
     return b""
+
+
+def _allow_many_files() -> None:
+    """Each interpreter takes three descriptors here: as many as the system lets this process have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit of its own below an infinite one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _executable() -> str:

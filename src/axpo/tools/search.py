@@ -44,6 +44,7 @@ def make_search(provider: Provider, top_k: int = 3, shorten: Shorten | None = No
         return show(hits) if shorten is None or tokens is None else fit(hits, shorten, tokens)
 
     search.timeout = math.inf  # type: ignore[attr-defined]
+    search.counts = False  # type: ignore[attr-defined]
     search.provider = provider  # type: ignore[attr-defined]
     return search
 

@@ -109,7 +109,7 @@ class Web:
                     async with asyncio.timeout(self.limits.timeout):
                         status, headers, body = await _send(client, method, url, max_bytes, request)
                     if 200 <= status < 300:
-                        value = read(body)
+                        value = _understood(read, body)
                         answered = True
                         return value
                     problem = f"it answered {status}{_excerpt(body)}"
@@ -201,6 +201,16 @@ class Web:
                 self._failed += 1
                 if self.limits.failures is not None and self._failed >= self.limits.failures:
                     self._closed_until = self._clock() + self.limits.cool_down
+
+
+def _understood(read: Callable[[bytes], T], body: bytes) -> T:
+    """What `read` makes of an answer. Whatever an answer makes it stumble over is the server's doing: ValueError."""
+    try:
+        return read(body)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the answer makes no sense ({type(error).__name__}: {error})") from error
 
 
 async def _send(

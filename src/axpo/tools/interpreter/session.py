@@ -74,9 +74,13 @@ def opened(data: bytes) -> Any:
         import PIL.ImageOps
     except ImportError:
         return data
-    image = PIL.Image.open(io.BytesIO(data))
-    # Only what must be turned is decoded at once.
-    return PIL.ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
+    PIL.Image.MAX_IMAGE_PIXELS = None  # the conversation has its own limit, and this process one on memory
+    try:
+        image = PIL.Image.open(io.BytesIO(data))
+        # Only what must be turned is decoded at once.
+        return PIL.ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
+    except Exception:  # of one that does not open here the code may make what it can
+        return data
 
 
 class Pictures:

@@ -16,6 +16,7 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -71,6 +72,7 @@ class _Running:
 
     pids: set[int]
     held: int | None
+    folder: str = ""
 
 
 def main(control_fd: int, own: list[str]) -> None:
@@ -153,7 +155,7 @@ def _begin(setup: Setup, limits: Limits, folder: str, channel: int, output: int)
     os.close(channel)
     os.close(output)
     if sandbox is None:
-        return _Running(pids, None)
+        return _Running(pids, None, folder)
     sandbox.release()
     return _Running(pids, sandbox.hold)
 
@@ -240,6 +242,8 @@ def _end(lifeline: int, running: _Running) -> None:
     else:
         for pid in running.pids:
             os.waitpid(pid, 0)
+    if running.folder:  # a trainer that was killed cannot do it
+        shutil.rmtree(running.folder, ignore_errors=True)
     os.close(lifeline)
 
 
