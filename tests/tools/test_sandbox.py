@@ -13,6 +13,7 @@ from typing import TypeVar
 import PIL.Image
 import pytest
 
+from axpo.tools import sandbox as sandbox_module
 from axpo.tools.base import Fault, SystemFault, ToolError, ToolResult
 from axpo.tools.interpreter.template import Limits
 from axpo.tools.sandbox import BUBBLEWRAP, NONE, OUTPUT, Interpreter, Sandbox
@@ -334,6 +335,25 @@ def test_there_is_no_silent_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ToolError, match=r"(?s)No permissions to create.* Else choose .*none_i_trust_the_policy"):
         broken.check()
     broken.close()
+
+
+def test_packages_that_lie_under_tmp_are_seen(monkeypatch: pytest.MonkeyPatch, bubblewrap_sandbox: Sandbox) -> None:
+    del bubblewrap_sandbox  # skips where bubblewrap does not work
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        Path(folder, "lies_in_tmp.py").write_text("x = 41\n")
+        packages = sandbox_module._packages()
+        monkeypatch.setattr(sandbox_module, "_packages", lambda: [*packages, folder])
+        sandbox = Sandbox(BUBBLEWRAP)
+        seen, written, refused = run(
+            sandbox,
+            "import lies_in_tmp; lies_in_tmp.x + 1",
+            "open('/tmp/mine', 'w').write('x')",
+            f"open('{folder}/new', 'w')",
+        )
+        sandbox.close()
+    assert (seen, written) == (ToolResult("42"), ToolResult("1"))
+    assert "Read-only file system" in refused.text
 
 
 # Images ---------------------------------------------------------------------------------------------------------------

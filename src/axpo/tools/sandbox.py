@@ -153,6 +153,7 @@ class Sandbox:
             environment=_ENVIRONMENT,
             matplotlib=str(self._fonts or ""),
             bubblewrap=_bubblewrap() if self.level == BUBBLEWRAP else [],
+            shown_in_tmp=[path for path in _shown() if path.startswith("/tmp/")],
         )
         with theirs:
             # Not -I, which would ignore PYTHONHASHSEED.
@@ -388,6 +389,12 @@ def _packages() -> list[str]:
     return sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 
 
+def _shown() -> list[str]:
+    """What is to be seen of this Python, besides the system's own folders."""
+    paths = (_executable(), os.path.join(sys.base_prefix, "lib"), *_packages())
+    return [path for path in paths if os.path.exists(path) and not path.startswith("/usr/")]
+
+
 def _bubblewrap() -> list[str]:
     """The command line: namespaces, and the few folders that are to be seen, read-only."""
     command = [shutil.which("bwrap") or "bwrap", "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
@@ -398,10 +405,7 @@ def _bubblewrap() -> list[str]:
             command += ["--symlink", os.readlink(folder), folder]
         elif os.path.isdir(folder):
             command += ["--ro-bind", folder, folder]
-    shown = [
-        path for path in (_executable(), os.path.join(sys.base_prefix, "lib"), *_packages()) if os.path.exists(path)
-    ]
-    shown = [path for path in shown if not path.startswith("/usr/")]
+    shown = _shown()
     system = [p for p in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/etc/fonts") if os.path.exists(p)]
     # bubblewrap makes the folders above a mount for its own user only, unless told of each.
     above = {str(folder) for path in (*shown, *system, "/dev/null") for folder in Path(path).parents}

@@ -47,7 +47,7 @@ print(True in found)""",
         True,
     ),
     Escape(
-        "the environment and memory of other processes",
+        "the environment of other processes",
         """
 def look(path):
     return SECRET in open(path, errors='replace').read()
@@ -311,6 +311,26 @@ def test_many_starts_leave_nothing_in_the_template(bubblewrap_sandbox: Sandbox) 
         asyncio.run(asyncio.wait_for(together(*map(start, codes)), 20))
     assert settled() == before
     assert before[1] == ""
+
+
+def test_the_template_collects_the_dead_itself(bubblewrap_sandbox: Sandbox) -> None:
+    """A container's first process may never do it, and then every rollout would leave two processes."""
+
+    def interpreters(parent: int) -> list[str]:
+        pids = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        return re.findall(r"NSpid:.*\t3\n", "".join(Path(f"/proc/{pid}/status").read_text() for pid in pids))
+
+    async def story() -> bool:
+        interpreter = bubblewrap_sandbox.interpreter()
+        await interpreter.run("1", 20)
+        assert bubblewrap_sandbox._template is not None
+        deadline = time.monotonic() + 5
+        while not (found := interpreters(bubblewrap_sandbox._template.pid)) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        interpreter.close()
+        return bool(found)
+
+    assert asyncio.run(story())
 
 
 async def together(*stories: Coroutine[Any, Any, None]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from axpo.tools.interpreter import template
 from axpo.tools.interpreter.template import Limits, Setup, _receive, send
 
-SETUP = Setup(packages=[], environment={"PATH": "/usr/bin:/bin"}, matplotlib="/nowhere", bubblewrap=[])
+SETUP = Setup(packages=[], environment={"PATH": "/usr/bin:/bin"}, matplotlib="", bubblewrap=[], shown_in_tmp=[])
 
 
 def test_a_message_is_its_length_and_json() -> None:

@@ -141,10 +141,20 @@ def adopt_orphans() -> None:
     _check("become a subreaper", _libc.prctl(36, 1, 0, 0, 0))
 
 
-def make_tmp(size: int, files: int) -> None:
-    """Mount an empty /tmp of at most `size` bytes and so many files."""
+def make_tmp(size: int, files: int, shown: list[str]) -> None:
+    """Mount an empty /tmp of at most `size` bytes and so many files. The paths `shown`, which lie there, stay."""
+    kept = [(path, os.open(path, os.O_PATH)) for path in shown]
     options = f"size={size},nr_inodes={files},mode=1777".encode()
     _check("mount /tmp", _libc.mount(b"tmpfs", b"/tmp", b"tmpfs", _MS_NOSUID | _MS_NODEV, options))
+    for path, fd in kept:
+        source = f"/proc/self/fd/{fd}"
+        if os.path.isdir(source):
+            os.makedirs(path)
+        else:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.close(os.open(path, os.O_CREAT))
+        _check(f"mount {path}", _libc.mount(source.encode(), os.fsencode(path), None, _MS_BIND | _MS_RECURSIVE, None))
+        os.close(fd)
 
 
 def give_up_privileges() -> None:

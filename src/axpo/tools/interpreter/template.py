@@ -44,13 +44,15 @@ _CHANNEL = 3  # the only descriptor above 2 that an interpreter keeps
 
 @dataclass(frozen=True)
 class Setup:
-    """What all interpreters have in common. `bubblewrap` is its command line up to the options for descriptors, [] to
-    do without; `matplotlib` the folder of its list of fonts; `environment` all that the policy's code has of one."""
+    """What all interpreters have in common. `environment` is all that the policy's code has of one, `matplotlib` the
+    folder of its list of fonts, `bubblewrap` its command line up to the options for descriptors, [] to do without, and
+    `shown_in_tmp` what stays to be seen of the machine's /tmp."""
 
     packages: list[str]
     environment: dict[str, str]
     matplotlib: str
     bubblewrap: list[str]
+    shown_in_tmp: list[str]
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _become(
     os.set_inheritable(_CHANNEL, False)
     os.closerange(_CHANNEL + 1, 1 << 16)
     if sandbox is not None:
-        confine.make_tmp(limits.disk, limits.files)
+        confine.make_tmp(limits.disk, limits.files, setup.shown_in_tmp)
     home = folder or "/tmp"
     os.chdir(home)
     _limit(limits, sandbox is not None)
