@@ -24,6 +24,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/resampling_cost.py
+	$(BIN)/python benchmarks/python_tool.py
 	$(BIN)/python benchmarks/engine.py
 
 bench-engine: $(VENV)/ready .venv-vllm/ready
