@@ -69,7 +69,9 @@ def command(arguments: list[str], stopped_by: tuple[str, int, signal.Signals] | 
 def run_command(*arguments: object, stopped_by: tuple[str, int, signal.Signals] | None = None) -> int:
     """The exit code of a command in a process of its own."""
     process = FORKS.Process(target=command, args=([str(a) for a in arguments], stopped_by))
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent)  # where the process finds this module by its name
+        process.start()
     process.join(120)
     assert process.exitcode is not None
     return process.exitcode
