@@ -132,6 +132,19 @@ def test_a_run_is_repeated_from_the_cache(server: Any, tmp_path: Path, caplog: p
     assert "%2B" not in caplog.text
 
 
+@pytest.mark.parametrize("damaged", [3, {}, [["A wide tower"]], [["A wide tower", "https://a.example", None]]])
+def test_damage_to_the_cache_is_not_the_policys_fault(server: Any, tmp_path: Path, damaged: Any) -> None:
+    tool = make_image_search(image_endpoint(f"{server.url}/images", cache=tmp_path), cache=tmp_path)
+    call(tool)
+    asked = len(server.requests)
+    for path in tmp_path.rglob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"answer": damaged}))
+    assert call(tool) == call(tool)
+    assert call(tool).text == EXPECTED
+    found = server.requests[asked:]
+    assert [request.path for request in found].count("/images") == 1
+
+
 def test_images_that_are_not_there() -> None:
     tool = make_image_search(image_endpoint("http://127.0.0.1:9"))
     for index in (1, -1):

@@ -1,4 +1,5 @@
 import asyncio
+import json
 import logging
 import traceback
 from collections.abc import Callable
@@ -105,6 +106,18 @@ def test_a_run_is_repeated_from_the_cache(server: Any, name: str, tmp_path: Path
     find(MAKERS[name](server.url, cache=tmp_path), count=2)
     find(MAKERS[name](server.url, cache=tmp_path), "towers")
     assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("damaged", [3, "text", [["Velm", "text"]], [["Velm", None, "text"]], ["abc"]])
+def test_damage_to_the_cache_is_not_the_policys_fault(server: Any, tmp_path: Path, damaged: Any) -> None:
+    provider = MAKERS["tavily"](server.url, cache=tmp_path)
+    toolbox = Toolbox([make_search(provider)])
+    found = asyncio.run(toolbox.call("search", {"query": "tower"}, Conversation()))
+    [path] = tmp_path.rglob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"answer": damaged}))
+    assert asyncio.run(toolbox.call("search", {"query": "tower"}, Conversation())) == found
+    assert find(provider) == [VELM, ORU]
+    assert len(server.requests) == 2
 
 
 def test_providers_do_not_answer_for_each_other(server: Any, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import os
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from axpo.tools.base import ToolError
 
@@ -16,16 +18,18 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Answers:
+class Answers(Generic[T]):
     """One small JSON file for each answer, named by the SHA-256 of what was asked. None: nothing is kept.
 
+    `kind` is the type of an answer, which JSON must be able to hold; what a file holds of another kind is asked anew.
     Several processes may share a folder. Equal questions that are asked at once within one event loop go out once,
     kept or not. Raises ToolError where the folder cannot be made.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, kind: type[T], folder: Path | None) -> None:
         self.folder = folder
-        self._asking: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Future[Any]] = {}
+        self._kind = TypeAdapter(kind)
+        self._asking: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Future[T]] = {}
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -33,9 +37,9 @@ class Answers:
                 raise ToolError(f"the cache folder {folder} cannot be made: {error}") from error
 
     async def get(self, question: Mapping[str, Any], ask: Callable[[], Awaitable[T]]) -> T:
-        """What `ask` answers (JSON), now or earlier. Only what it returns is kept, never what it raises.
+        """What `ask` answers, now or earlier. Only what it returns is kept, never what it raises.
 
-        `question` is JSON too, and holds no key.
+        `question` is JSON, and holds no key.
         """
         text = json.dumps(question, sort_keys=True)
         here = (asyncio.get_running_loop(), text)
@@ -45,10 +49,9 @@ class Answers:
             self._asking[here] = task
             task.add_done_callback(lambda done: self._forget(here, done))
         # Whoever asked first may be cancelled; the others still want the answer.
-        answer: T = await asyncio.shield(task)
-        return answer
+        return await asyncio.shield(task)
 
-    def _forget(self, here: tuple[asyncio.AbstractEventLoop, str], done: "asyncio.Future[Any]") -> None:
+    def _forget(self, here: tuple[asyncio.AbstractEventLoop, str], done: "asyncio.Future[T]") -> None:
         self._asking.pop(here, None)
         if not done.cancelled():
             done.exception()  # seen, even if nobody is left to await it
@@ -59,10 +62,11 @@ class Answers:
             try:
                 kept = json.loads(path.read_bytes())
                 if kept["question"] == json.loads(text):
-                    answer: T = kept["answer"]
-                    return answer
+                    return self._kind.validate_python(kept["answer"])
             except FileNotFoundError:
                 pass
+            except ValidationError:
+                logger.warning("%s is ignored and written anew: its answer is of another kind", path)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 logger.warning("%s is ignored and written anew: %s", path, error)
         fresh = await ask()

@@ -42,17 +42,17 @@ class WebImageProvider:
     def __init__(
         self, identity: str, ask: Callable[[bytes, int], Awaitable[list[ImageHit]]], cache: Path | None
     ) -> None:
-        self._identity, self._ask, self._answers = identity, ask, Answers(cache)
+        self._identity, self._ask, self._answers = identity, ask, Answers(list[ImageHit], cache)
 
     def __str__(self) -> str:
         return self._identity
 
     async def search(self, image: bytes, count: int) -> list[ImageHit]:
-        async def ask() -> list[list[str]]:
-            return [list(hit) for hit in (await self._ask(image, count))[:count]]
+        async def ask() -> list[ImageHit]:
+            return (await self._ask(image, count))[:count]
 
         question = {"provider": self._identity, "image": hashlib.sha256(image).hexdigest(), "count": count}
-        return [ImageHit(*hit) for hit in await self._answers.get(question, ask)]
+        return await self._answers.get(question, ask)
 
 
 def image_endpoint(

@@ -79,7 +79,7 @@ class _Thumbnails:
 
     def __init__(self, side: int, limits: Limits, cache: Path | None) -> None:
         self.side = side
-        self._web, self._answers = Web("thumbnails", limits), Answers(cache)
+        self._web, self._answers = Web("thumbnails", limits), Answers(str, cache)
 
     async def get(self, thumbnail: str) -> bytes | None:
         """The thumbnail as PNG; None where there is none, it cannot be had, or it is no picture."""

@@ -46,8 +46,7 @@ class WebProvider:
         cache: Path | None,
     ) -> None:
         self.longest: int | None = longest
-        self._identity, self._ask = identity, ask
-        self._answers = Answers(cache)
+        self._identity, self._ask, self._answers = identity, ask, Answers(list[Hit], cache)
 
     def __str__(self) -> str:
         return self._identity
@@ -57,11 +56,11 @@ class WebProvider:
         if not query:
             return []
 
-        async def ask() -> list[list[str]]:
-            return [list(hit) for hit in (await self._ask(query, count))[:count]]
+        async def ask() -> list[Hit]:
+            return (await self._ask(query, count))[:count]
 
         question = {"provider": self._identity, "query": query, "count": count}
-        return [Hit(*hit) for hit in await self._answers.get(question, ask)]
+        return await self._answers.get(question, ask)
 
 
 def tavily(
