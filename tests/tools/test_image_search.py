@@ -10,6 +10,7 @@ from typing import Any
 import PIL.Image
 import pytest
 
+from axpo.tools import image_providers
 from axpo.tools.base import Conversation, SystemFault, Toolbox, ToolError, ToolResult
 from axpo.tools.image_providers import ImageHit, ImageTable, hash_pixels, image_endpoint, serper_lens
 from axpo.tools.image_search import make_image_search, shrink
@@ -60,20 +61,19 @@ def test_titles_with_thumbnails(server: Any) -> None:
 
 
 def test_an_endpoint_is_sent_the_file(server: Any) -> None:
-    headers = {"Authorization": "Bearer {key:MY_KEY}"}
-    provider = image_endpoint(f"{server.url}/images?k={{key:MY_KEY}}", headers)
-    call(make_image_search(provider, top_k=2))
+    provider = image_endpoint(f"{server.url}/images?k={{key:MY_KEY}}")
+    call(make_image_search(provider))
     request = server.requests[0]
-    assert request.headers["authorization"] == f"Bearer {server.key}"
     assert request.query == {"k": server.key}
     assert request.headers["content-type"].startswith("multipart/form-data")
     assert b'name="image"; filename="image.png"\r\nContent-Type: image/png\r\n\r\n' + IMAGE in request.body
-    assert b'name="count"\r\n\r\n2\r\n' in request.body
+    assert b'name="count"\r\n\r\n5\r\n' in request.body
     assert server.key not in str(provider) + repr(provider)
 
 
-def test_lens_is_sent_the_address_of_an_upload(server: Any) -> None:
-    provider = serper_lens(f"{server.url}/upload", base=f"{server.url}/serper", limits=QUICK)
+def test_lens_is_sent_the_address_of_an_upload(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_providers, "SERPER", f"{server.url}/serper")
+    provider = serper_lens(f"{server.url}/upload", limits=QUICK)
     assert call(make_image_search(provider)).text == EXPECTED
     upload, lens = server.requests[:2]
     assert IMAGE in upload.body
@@ -86,7 +86,7 @@ def test_lens_is_sent_the_address_of_an_upload(server: Any) -> None:
 @pytest.mark.parametrize("answer", [{"url": "nowhere"}, [], "http://a b"])
 def test_an_upload_without_an_address_is_a_fault(server: Any, answer: Any) -> None:
     server.answer = answer
-    provider = serper_lens(f"{server.url}/any", base=f"{server.url}/serper", limits=QUICK)
+    provider = serper_lens(f"{server.url}/any", limits=QUICK)
     with pytest.raises(SystemFault, match=r"the upload endpoint: .*holds no address"):
         call(make_image_search(provider))
 
@@ -197,11 +197,11 @@ def test_a_table_with_a_bad_line(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize(("width", "height", "fits"), [(1024, 600, (512, 300)), (100, 300, (100, 300)), (3, 3, (3, 3))])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_pictures_are_made_small(width: int, height: int, fits: tuple[int, int], kind: str) -> None:
-    assert size(shrink(picture(width, height, kind), 512)) == fits
+    assert size(shrink(picture(width, height, kind))) == fits
 
 
 def test_what_is_transparent_becomes_white() -> None:
-    small = PIL.Image.open(io.BytesIO(shrink(picture(9, 9, color=(0, 0, 0, 0), mode="RGBA"), 512)))
+    small = PIL.Image.open(io.BytesIO(shrink(picture(9, 9, color=(0, 0, 0, 0), mode="RGBA"))))
     assert small.getpixel((4, 4)) == (255, 255, 255)
 
 
@@ -212,4 +212,4 @@ def test_what_is_transparent_becomes_white() -> None:
 )
 def test_what_is_no_fit_picture(file: bytes) -> None:
     with pytest.raises(ValueError, match="picture"):
-        shrink(file, 512)
+        shrink(file)

@@ -22,9 +22,6 @@ MAKERS: dict[str, Callable[..., WebProvider]] = {
     "serper": lambda url, **given: serper(f"{url}/serper/", **given),
     "searxng": lambda url, **given: searxng(f"{url}/searxng", **given),
     "template": lambda url, **given: endpoint(f"{url}/any?k={{key:MY_KEY}}&q={{query}}&n={{count}}", **given),
-    "header": lambda url, **given: endpoint(
-        f"{url}/any?q={{query}}&n={{count}}", {"Authorization": "Bearer {key:MY_KEY}"}, **given
-    ),
 }
 
 
@@ -48,14 +45,12 @@ def test_every_provider_finds(server: Any, name: str) -> None:
 def test_what_is_sent(server: Any) -> None:
     for name in MAKERS:
         find(MAKERS[name](server.url), "  how high\nis Ørsund & co? ", 5)
-    to_tavily, to_serper, to_searxng, to_template, to_header = server.requests
+    to_tavily, to_serper, to_searxng, to_template = server.requests
     query = "how high is Ørsund & co?"
     assert to_tavily.json == {"query": query, "max_results": 5, "search_depth": "basic"}
     assert to_serper.json == {"q": query, "num": 5}
     assert to_searxng.query == {"q": query, "format": "json"}
     assert to_template.query == {"q": query, "n": "5", "k": server.key}
-    assert to_header.query == {"q": query, "n": "5"}
-    assert to_header.headers["authorization"] == f"Bearer {server.key}"
 
 
 @pytest.mark.parametrize("name", MAKERS)

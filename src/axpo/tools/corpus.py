@@ -54,16 +54,13 @@ class Corpus:
 
 
 def open_corpus(
-    source: Path | Sequence[Mapping[str, str]],
-    cache: Path | None = None,
-    embedder: Path | None = None,
-    device: str = "cpu",
+    source: Path | Sequence[Mapping[str, str]], cache: Path | None = None, embedder: Path | None = None
 ) -> Corpus:
     """The corpus in a JSONL or Parquet file, or in a sequence of documents.
 
     A document has a `title` and a `text`, and perhaps a `url`. The ranking is BM25 as Lucene has it (k1 1.5, b 0.75),
     over title and text; documents of one score keep their order. `embedder` is the folder of a sentence-transformers
-    checkpoint, which runs on `device`; its ranking is merged with that of BM25, so something is always found.
+    checkpoint, which runs on the CPU; its ranking is merged with that of BM25, so something is always found.
 
     Under `cache` the index of a file is kept, with a copy of its documents and their vectors, for as long as the file
     has the same path, size and time of change. It is mapped into memory, so opening it costs next to nothing, and
@@ -82,7 +79,7 @@ def open_corpus(
         index = Index.build(f"{title} {text}" for title, _, text in documents)
     if embedder is None:
         return Corpus(documents, index)
-    model = load_embedder(embedder, device)
+    model = load_embedder(embedder)
     if cache is None or not identity:
         return Corpus(documents, index, Embeddings(model, embed(model, documents)))
     identity = [f"{identity[0]} {embedder.resolve()}", *identity[1:], identify(embedder)]

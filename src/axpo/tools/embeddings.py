@@ -32,8 +32,8 @@ class Embeddings:
         return ranked
 
 
-def load_embedder(folder: Path, device: str) -> Any:
-    """The model in a folder. Raises ToolError where there is none, or where the library is missing."""
+def load_embedder(folder: Path) -> Any:
+    """The model in a folder, on the CPU. Raises ToolError where there is none, or where the library is missing."""
     if not folder.is_dir():
         raise ToolError(f"the embedder {folder} is not a folder")
     try:
@@ -41,7 +41,7 @@ def load_embedder(folder: Path, device: str) -> Any:
     except ImportError as error:
         raise ToolError(f"an embedder needs sentence-transformers: pip install 'axpo[embeddings]' ({error})") from error
     try:
-        return SentenceTransformer(str(folder), device=device, local_files_only=True)
+        return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     except Exception as error:
         raise ToolError(f"the embedder {folder} cannot be loaded: {type(error).__name__}: {error}") from error
 

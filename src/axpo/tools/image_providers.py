@@ -4,7 +4,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,8 +12,8 @@ import PIL.Image
 
 from axpo.tools.base import ToolError
 from axpo.tools.cache import Answers
-from axpo.tools.keys import check_address, fill_headers, fill_keys, read_key
-from axpo.tools.providers import LINKS, TEXTS, TITLES, first, items
+from axpo.tools.keys import check_address, fill_keys, read_key
+from axpo.tools.providers import LINKS, SERPER, TEXTS, TITLES, first, items, organic
 from axpo.tools.threads import Worker
 from axpo.tools.web import Limits, Web, read_json
 
@@ -55,62 +55,48 @@ class WebImageProvider:
         return await self._answers.get(question, ask)
 
 
-def image_endpoint(
-    url: str, headers: Mapping[str, str] | None = None, limits: Limits | None = None, cache: Path | None = None
-) -> WebImageProvider:
+def image_endpoint(url: str, limits: Limits | None = None, cache: Path | None = None) -> WebImageProvider:
     """An endpoint that is POSTed the image file (multipart/form-data: the file `image`, and `count`) and answers JSON.
 
-    {key:VARIABLE}, in the address or a header, stands for the key in that environment variable. The answer is a list,
-    or an object with one in `results`, `items`, `organic`, `data` or `hits`, of objects with `title` or `name` (or a
-    text), `url`, `link` or `href`, and `thumbnail`, `thumbnailUrl`, `image` or `imageUrl`: an address, base64, or a
-    data URL. Raises ToolError for what is no address, and without the keys.
+    {key:VARIABLE} in the address stands for the key in that environment variable. The answer is a list, or an object
+    with one in `results`, `items`, `organic`, `data` or `hits`, of objects with `title` or `name` (or a text), `url`,
+    `link` or `href`, and `thumbnail`, `thumbnailUrl`, `image` or `imageUrl`: an address, base64, or a data URL.
+    Raises ToolError for what is no address, and without the keys.
     """
     purpose = "the image search endpoint"
     address = check_address(fill_keys(url, purpose, in_url=True), purpose)
-    sent, web = fill_headers(headers or {}, purpose), Web(purpose, limits)
+    web = Web(purpose, limits)
 
     async def ask(image: bytes, count: int) -> list[ImageHit]:
         files, data = {"image": _file(image)}, {"count": str(count)}
-        advice = "check its address and key"
-        return await web.fetch("POST", address, _hits, advice, files=files, data=data, headers=sent)
+        return await web.fetch("POST", address, _hits, "check its address and key", files=files, data=data)
 
     return WebImageProvider(f"endpoint {url}", ask, cache)
 
 
-def serper_lens(
-    upload: str,
-    headers: Mapping[str, str] | None = None,
-    base: str = "https://google.serper.dev",
-    limits: Limits | None = None,
-    cache: Path | None = None,
-) -> WebImageProvider:
-    """Google Lens by Serper: POST {base}/lens with SERPER_API_KEY as X-API-KEY and the public `url` of an image.
+def serper_lens(upload: str, limits: Limits | None = None, cache: Path | None = None) -> WebImageProvider:
+    """Google Lens by Serper: POST {SERPER}/lens with SERPER_API_KEY as X-API-KEY and the public `url` of an image.
 
     The images of a rollout have no address, so each is first uploaded: `upload` is POSTed the file (multipart, as
-    `file`) with `headers`, and answers its public address, as JSON with `url` or `link`, or as plain text. What is
+    `file`), and answers its public address, as JSON with `url` or `link`, or as plain text. What is
     uploaded can be seen by whoever the address reaches. {key:VARIABLE} is as in `image_endpoint`. An answer has
     `organic` of `title`, `link`, `thumbnailUrl`, `imageUrl`; one without it found nothing. https://serper.dev
     """
-    base, purpose = check_address(base, "serper"), "the upload endpoint"
-    lens = {"X-API-KEY": read_key("SERPER_API_KEY", "serper")}
+    purpose = "the upload endpoint"
+    headers = {"X-API-KEY": read_key("SERPER_API_KEY", "serper")}
     address = check_address(fill_keys(upload, purpose, in_url=True), purpose)
-    sent, web, uploads = fill_headers(headers or {}, purpose), Web("serper", limits), Web(purpose, limits)
+    web, uploads = Web("serper", limits), Web(purpose, limits)
 
     def read(body: bytes) -> list[ImageHit]:
-        answer = read_json(body)
-        if not isinstance(answer, dict) or not {"organic", "searchParameters"} & answer.keys():
-            raise ValueError("the answer is no list of search results")
-        if not isinstance(answer.get("organic") or [], list):
-            raise ValueError("`organic` is no list")
-        return image_hits(answer.get("organic") or [])
+        return image_hits(organic(body))
 
     async def ask(image: bytes, count: int) -> list[ImageHit]:
         files = {"file": _file(image)}
-        url = await uploads.fetch("POST", address, _address, "check its address and key", files=files, headers=sent)
+        url = await uploads.fetch("POST", address, _address, "check its address and key", files=files)
         advice = "check the key in SERPER_API_KEY, and what is left of its credits"
-        return await web.fetch("POST", f"{base}/lens", read, advice, json={"url": url}, headers=lens)
+        return await web.fetch("POST", f"{SERPER}/lens", read, advice, json={"url": url}, headers=headers)
 
-    return WebImageProvider(f"serper {base}", ask, cache)
+    return WebImageProvider(f"serper {SERPER}", ask, cache)
 
 
 class ImageTable:

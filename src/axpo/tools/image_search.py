@@ -20,25 +20,21 @@ from axpo.tools.web import Limits, Web
 
 logger = logging.getLogger(__name__)
 
+TOP_K = 5  # hits that are shown
+SIDE = 512  # pixels of a thumbnail's longer side
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _MAX_BYTES = 4_000_000  # of a thumbnail's file
 _MAX_PIXELS = 25_000_000  # of a thumbnail before it is made smaller
 
 
-def make_image_search(
-    provider: ImageProvider,
-    top_k: int = 5,
-    side: int = 512,
-    limits: Limits | None = None,
-    cache: Path | None = None,
-) -> Tool:
-    """The tool `image_search`, which shows the `top_k` best hits: their titles, and thumbnails of at most side × side.
+def make_image_search(provider: ImageProvider, limits: Limits | None = None, cache: Path | None = None) -> Tool:
+    """The tool `image_search`, which shows the TOP_K best hits: their titles, and thumbnails of at most SIDE × SIDE.
 
     Its form is that of Qwen-Agent. A thumbnail that cannot be had is left out. `limits` are for the thumbnails, by
     default twice 5 seconds for each; `cache` keeps their files. As with `search`, the tool itself has no deadline.
     """
     limits = limits or Limits(timeout=5.0, attempts=2, failures=None)  # their hosts differ: one does not speak for all
-    thumbnails = _Thumbnails(side, limits, cache)
+    thumbnails = _Thumbnails(limits, cache)
 
     async def image_search(img_idx: int, conversation: Conversation) -> ToolResult:
         """Search the web for an image.
@@ -49,7 +45,7 @@ def make_image_search(
         images = conversation.images
         if not 0 <= img_idx < len(images):
             raise PolicyFault(f"img_idx {img_idx} names no image; the conversation has {len(images)}, from index 0.")
-        hits = await provider.search(images[img_idx], top_k)
+        hits = await provider.search(images[img_idx], TOP_K)
         if not hits:
             return ToolResult(NOTHING)
         lines: list[str] = []
@@ -77,8 +73,7 @@ class _Thumbnails:
     a picture ever reaches the policy; a machine whose neighbours trust any request should not run this tool.
     """
 
-    def __init__(self, side: int, limits: Limits, cache: Path | None) -> None:
-        self.side = side
+    def __init__(self, limits: Limits, cache: Path | None) -> None:
         self._web, self._answers = Web("thumbnails", limits), Answers(str, cache)
 
     async def get(self, thumbnail: str) -> bytes | None:
@@ -91,7 +86,7 @@ class _Thumbnails:
             else:
                 kept = thumbnail.partition("base64,")[2] or thumbnail
             file = base64.b64decode(kept, validate=True)
-            small: bytes = await Worker().run(lambda: shrink(file, self.side))
+            small: bytes = await Worker().run(lambda: shrink(file))
             return small
         except (SystemFault, ValueError) as error:
             logger.info("a thumbnail is left out: %s", error)
@@ -105,12 +100,12 @@ class _Thumbnails:
         return await self._web.fetch("GET", url, read, max_bytes=_MAX_BYTES)
 
 
-def shrink(file: bytes, side: int) -> bytes:
-    """An image file as a PNG file of at most side × side pixels. Raises ValueError for what is no fit picture."""
+def shrink(file: bytes) -> bytes:
+    """An image file as a PNG file of at most SIDE × SIDE pixels. Raises ValueError for what is no fit picture."""
     try:
         with _open(file) as image:
-            image.draft("RGB", (side, side))  # a JPEG is decoded no larger than needed
-            image.thumbnail((side, side))
+            image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded no larger than needed
+            image.thumbnail((SIDE, SIDE))
             turned = PIL.ImageOps.exif_transpose(image).convert("RGBA")
     except (OSError, SyntaxError) as error:  # as PIL has it for files that are cut short or broken
         raise ValueError(f"a broken picture: {error}") from error

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
 from urllib.parse import quote, quote_plus
 
 import httpx
@@ -51,15 +50,6 @@ def fill_keys(text: str, purpose: str, in_url: bool = False) -> str:
     return _PLACEHOLDER.sub(key, text)
 
 
-def fill_headers(headers: Mapping[str, str], purpose: str) -> dict[str, str]:
-    """The headers with their keys filled in. Raises ToolError as `read_key` does, and for what no header may hold."""
-    filled = {name: fill_keys(value, purpose) for name, value in headers.items()}
-    for name, value in filled.items():
-        if not (name + value).isascii() or not (name + value).isprintable():
-            raise ToolError(f"the header {name!r} for {purpose} holds characters that no header may hold")
-    return filled
-
-
 def check_address(url: str, purpose: str) -> str:
     """The address without a slash at its end. Raises ToolError unless it is http(s) and holds no password."""
     try:
@@ -69,7 +59,7 @@ def check_address(url: str, purpose: str) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ToolError(f"{purpose}: {url!r} is not an address: it begins with http:// or https:// and a host")
     if parsed.userinfo:
-        raise ToolError(f"{purpose}: the address holds a user or password; give a header with {{key:VARIABLE}} instead")
+        raise ToolError(f"{purpose}: the address holds a user or password; must be one without")
     return url.rstrip("/")
 
 

@@ -8,9 +8,10 @@ from urllib.parse import quote
 
 from axpo.tools.base import ToolError
 from axpo.tools.cache import Answers
-from axpo.tools.keys import check_address, fill_headers, fill_keys, read_key, redact
+from axpo.tools.keys import check_address, fill_keys, read_key, redact
 from axpo.tools.web import Limits, Web, read_json
 
+SERPER = "https://google.serper.dev"
 LISTS = ("results", "items", "organic", "data", "hits")
 TITLES, LINKS, TEXTS = ("title", "name"), ("url", "link", "href"), ("snippet", "content", "text", "description")
 _KEPT = "\n\t\r\v\f\u200c\u200d"
@@ -82,9 +83,7 @@ def tavily(
     return WebProvider(f"tavily {base}", ask, 400, cache)
 
 
-def serper(
-    base: str = "https://google.serper.dev", limits: Limits | None = None, cache: Path | None = None
-) -> WebProvider:
+def serper(base: str = SERPER, limits: Limits | None = None, cache: Path | None = None) -> WebProvider:
     """Serper: POST {base}/search with SERPER_API_KEY as X-API-KEY; `organic` of `title`, `link`, `snippet`.
 
     https://serper.dev. An answer without `organic` is one that found nothing. Raises ToolError without the key.
@@ -93,12 +92,7 @@ def serper(
     headers = {"X-API-KEY": read_key("SERPER_API_KEY", "serper")}
 
     def read(body: bytes) -> list[Hit]:
-        answer = read_json(body)
-        if not isinstance(answer, dict) or not {"organic", "searchParameters"} & answer.keys():
-            raise ValueError("the answer is no list of search results")
-        if not isinstance(answer.get("organic") or [], list):
-            raise ValueError("`organic` is no list")
-        return clean_hits(answer.get("organic") or [])
+        return clean_hits(organic(body))
 
     async def ask(query: str, count: int) -> list[Hit]:
         advice = "check the key in SERPER_API_KEY, and what is left of its credits"
@@ -130,18 +124,13 @@ def searxng(base: str, limits: Limits | None = None, cache: Path | None = None) 
     return WebProvider(f"searxng {base}", ask, 2000, cache)
 
 
-def endpoint(
-    template: str,
-    headers: Mapping[str, str] | None = None,
-    limits: Limits | None = None,
-    cache: Path | None = None,
-) -> WebProvider:
+def endpoint(template: str, limits: Limits | None = None, cache: Path | None = None) -> WebProvider:
     """Any endpoint that is asked by GET and answers JSON.
 
-    `template` is its address with {query}, and {count} if it takes one. {key:VARIABLE}, there or in a header, stands
-    for the key in that environment variable. The answer is a list, or an object with one in `results`, `items`,
-    `organic`, `data` or `hits`. What is in the list are objects with `title` or `name`, `url`, `link` or `href`, and
-    `snippet`, `content`, `text` or `description`.
+    `template` is its address with {query}, and {count} if it takes one. {key:VARIABLE} stands for the key in that
+    environment variable. The answer is a list, or an object with one in `results`, `items`, `organic`, `data` or
+    `hits`. What is in the list are objects with `title` or `name`, `url`, `link` or `href`, and `snippet`, `content`,
+    `text` or `description`.
 
     Raises ToolError for a template that is no such address, and without the keys.
     """
@@ -152,13 +141,24 @@ def endpoint(
     if {"{", "}"} & set(address.replace("{query}", "").replace("{count}", "")):
         raise ToolError(f"{purpose} {template!r}: only {{query}}, {{count}} and {{key:VARIABLE}} may stand in braces")
     check_address(address.replace("{query}", "x").replace("{count}", "1"), purpose)
-    sent, web = fill_headers(headers or {}, purpose), Web(purpose, limits)
+    web = Web(purpose, limits)
 
     async def ask(query: str, count: int) -> list[Hit]:
         url = address.replace("{count}", str(count)).replace("{query}", quote(query, safe=""))
-        return await web.fetch("GET", url, _hits, "check its address and key", headers=sent)
+        return await web.fetch("GET", url, _hits, "check its address and key")
 
     return WebProvider(f"endpoint {template}", ask, 2000, cache)
+
+
+def organic(body: bytes) -> list[Any]:
+    """The list in an answer of Serper's, empty where it found nothing. Raises ValueError for what is none."""
+    answer = read_json(body)
+    if not isinstance(answer, dict) or not {"organic", "searchParameters"} & answer.keys():
+        raise ValueError("the answer is no list of search results")
+    found = answer.get("organic") or []
+    if not isinstance(found, list):
+        raise ValueError("`organic` is no list")
+    return found
 
 
 def items(answer: Any) -> list[Any]:
