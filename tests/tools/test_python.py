@@ -67,7 +67,7 @@ def test_eight_rollouts_compute_side_by_side(plain_sandbox: Sandbox) -> None:
 
 def test_no_interpreter_is_a_system_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("axpo.tools.base.RETRY_AFTER", (0.0,))
-    monkeypatch.setattr("axpo.tools.sandbox._executable", lambda: "/nowhere/python")
+    monkeypatch.setattr("axpo.tools.interpreter.bubblewrap.executable", lambda: "/nowhere/python")
 
     async def story() -> None:
         async with Conversation() as conversation:

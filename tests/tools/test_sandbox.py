@@ -13,8 +13,8 @@ from typing import TypeVar
 import PIL.Image
 import pytest
 
-from axpo.tools import sandbox as sandbox_module
 from axpo.tools.base import Fault, SystemFault, ToolError, ToolResult
+from axpo.tools.interpreter import bubblewrap
 from axpo.tools.interpreter.template import Limits
 from axpo.tools.sandbox import BUBBLEWRAP, NONE, OUTPUT, Interpreter, Sandbox
 
@@ -296,7 +296,7 @@ def test_nothing_is_left_behind(sandbox: Sandbox, tmp_path: Path, monkeypatch: p
 
 
 def test_a_template_that_cannot_start_is_a_system_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("axpo.tools.sandbox._executable", lambda: str(tmp_path / "nowhere"))
+    monkeypatch.setattr("axpo.tools.interpreter.bubblewrap.executable", lambda: str(tmp_path / "nowhere"))
     with pytest.raises(SystemFault, match=r"no interpreter can be started: .*nowhere"):
         run(Sandbox(NONE), "1")
 
@@ -342,8 +342,8 @@ def test_packages_that_lie_under_tmp_are_seen(monkeypatch: pytest.MonkeyPatch, b
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         Path(folder).chmod(0o755)
         Path(folder, "lies_in_tmp.py").write_text("x = 41\n")
-        packages = sandbox_module._packages()
-        monkeypatch.setattr(sandbox_module, "_packages", lambda: [*packages, folder])
+        packages = bubblewrap.packages()
+        monkeypatch.setattr(bubblewrap, "packages", lambda: [*packages, folder])
         sandbox = Sandbox(BUBBLEWRAP)
         seen, written, refused = run(
             sandbox,

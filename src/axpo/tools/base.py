@@ -228,16 +228,12 @@ class Offer:
         async with self._turn():
             await self._get_ready(conversation)
             start = time.monotonic()
-            try:
-                output, error = await self._outcome(call)
-                if error is not None:
-                    raise self._fault(error) from error
-            except SystemFault:
-                raise
-            except PolicyFault:
+            output, error = await self._outcome(call)
+            fault = None if error is None else self._fault(error)
+            if fault is None or isinstance(fault, PolicyFault):
                 conversation.tool_seconds += self.counts * (time.monotonic() - start)
-                raise
-            conversation.tool_seconds += self.counts * (time.monotonic() - start)
+            if fault is not None:
+                raise fault from error
             return output
 
     def _turn(self) -> contextlib.AbstractAsyncContextManager[None]:
@@ -257,7 +253,7 @@ class Offer:
             raise SystemFault(f"the tool {self.name!r} does not get ready: {described(error)}") from error
 
     async def _outcome(self, call: Callable[[], Any]) -> Outcome:
-        """What the call returns or raises. Raises PolicyFault where it takes too long."""
+        """What the call returns or raises; a PolicyFault where it takes too long."""
         thread: threading.Thread | None = None
         work: asyncio.Future[Outcome]
         if inspect.iscoroutinefunction(self.function):
@@ -268,14 +264,14 @@ class Offer:
         try:
             if not (await asyncio.wait({work}, timeout=self.timeout))[0]:
                 text = f"{self.name} took longer than {self.timeout:g} s. {self.after_timeout}"
-                raise PolicyFault(text.strip(), Fault.TIMEOUT)
+                return None, PolicyFault(text.strip(), Fault.TIMEOUT)
         finally:
             if not work.done():
                 work.cancel()
                 await asyncio.wait({work}, timeout=GRACE)
                 self._leave(thread or work)
         if work.cancelled():
-            raise SystemFault(f"the tool {self.name!r} was cancelled, by none of its callers")
+            return None, asyncio.CancelledError()
         return work.result()
 
     def _leave(self, rest: "threading.Thread | asyncio.Future[Outcome]") -> None:

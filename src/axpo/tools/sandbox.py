@@ -31,8 +31,6 @@ import shutil
 import socket
 import struct
 import subprocess
-import sys
-import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -43,6 +41,7 @@ import PIL.Image
 
 from axpo.images import MAX_ASPECT
 from axpo.tools.base import Fault, SystemFault, ToolError, ToolResult
+from axpo.tools.interpreter import bubblewrap
 from axpo.tools.interpreter.session import PICTURE_PIXELS, PICTURES, TRACEBACK, cut
 from axpo.tools.interpreter.template import Limits, Setup, send
 
@@ -136,7 +135,7 @@ class Sandbox:
         """The programs of the sandbox's processes whose files are the user's own: system ones are root's."""
         if self.level == NONE or os.getuid() == 0:
             return []
-        programs = (_executable(), os.path.realpath(shutil.which("bwrap") or ""))
+        programs = (bubblewrap.executable(), os.path.realpath(shutil.which("bwrap") or ""))
         return [path for path in programs if os.stat(path).st_uid == os.getuid() or os.access(path, os.W_OK)]
 
     def _start_template(self) -> None:
@@ -149,16 +148,16 @@ class Sandbox:
         ours, theirs = socket.socketpair()
         _allow_many_files()
         setup = Setup(
-            packages=_packages(),
+            packages=bubblewrap.packages(),
             environment=_ENVIRONMENT,
             matplotlib=str(self._fonts or ""),
-            bubblewrap=_bubblewrap() if self.level == BUBBLEWRAP else [],
-            shown_in_tmp=[path for path in _shown() if path.startswith("/tmp/")],
+            bubblewrap=bubblewrap.command() if self.level == BUBBLEWRAP else [],
+            shown_in_tmp=[path for path in bubblewrap.seen() if path.startswith("/tmp/")],
         )
         with theirs:
             # Not -I, which would ignore PYTHONHASHSEED.
             self._template = subprocess.Popen(
-                [_executable(), "-P", "-s", "-S", "-u", "-X", "utf8", "-c", program, str(theirs.fileno())],
+                [bubblewrap.executable(), "-P", "-s", "-S", "-u", "-X", "utf8", "-c", program, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._complaints,
@@ -378,47 +377,3 @@ def _allow_many_files() -> None:
     if soft < hard:
         with contextlib.suppress(OSError, ValueError):  # macOS has a limit of its own below an infinite one
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _executable() -> str:
-    """The interpreter itself: a virtual environment's is a link to it."""
-    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-
-
-def _packages() -> list[str]:
-    return sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-
-
-def _shown() -> list[str]:
-    """What is to be seen of this Python, besides the system's own folders."""
-    paths = (_executable(), os.path.join(sys.base_prefix, "lib"), *_packages())
-    return [path for path in paths if os.path.exists(path) and not path.startswith("/usr/")]
-
-
-def _bubblewrap() -> list[str]:
-    """The command line: namespaces, and the few folders that are to be seen, read-only."""
-    command = [shutil.which("bwrap") or "bwrap", "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
-    command += [f"--unshare-{namespace}" for namespace in ("user", "pid", "ipc", "net", "uts")]
-    command += ["--hostname", "sandbox"]
-    for folder in ("/usr", "/bin", "/lib", "/lib32", "/lib64"):
-        if os.path.islink(folder):
-            command += ["--symlink", os.readlink(folder), folder]
-        elif os.path.isdir(folder):
-            command += ["--ro-bind", folder, folder]
-    shown = _shown()
-    system = [p for p in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/etc/fonts") if os.path.exists(p)]
-    # bubblewrap makes the folders above a mount for its own user only, unless told of each.
-    above = {str(folder) for path in (*shown, *system, "/dev/null") for folder in Path(path).parents}
-    for folder in sorted(above - {"/"}):
-        command += ["--dir", folder]
-    for path in (*system, *shown):
-        command += ["--ro-bind", path, path]
-    # Not --dev, whose /dev may be written into without bound.
-    for device in ("null", "zero", "full", "random", "urandom"):
-        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    for link, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1")):
-        command += ["--symlink", target, f"/dev/{link}"]
-    command += ["--symlink", "/proc/self/fd/2", "/dev/stderr", "--symlink", "/tmp", "/dev/shm"]
-    # Read-only, so that no process can write into another's memory, or say that others be killed before it.
-    command += ["--proc", "/proc", "--remount-ro", "/proc"]
-    return [*command, "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/"]

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from axpo.tools import sandbox as sandbox_module
 from axpo.tools.base import Fault, ToolResult
-from axpo.tools.sandbox import DIED, Sandbox, _executable
+from axpo.tools.interpreter import bubblewrap
+from axpo.tools.sandbox import DIED, Sandbox
 
 
 @dataclass(frozen=True)
@@ -209,13 +209,13 @@ print(tried(os.nice, -1), tried(os.sched_setscheduler, 0, 1, os.sched_param(1)))
 
 @pytest.mark.parametrize("escape", [*FILES, *NETWORK, *PROCESSES, *KERNEL], ids=lambda escape: escape.name)
 def test_contained(attempt: Any, escape: Escape) -> None:
-    program = os.stat(_executable())
+    program = os.stat(bubblewrap.executable())
     outcome = attempt(escape.code)
     assert outcome.result.fault is None
     assert outcome.after == "kept"
     assert re.fullmatch(escape.contained, outcome.result.text)
     assert attempt.host.secret not in outcome.result.text
-    now = os.stat(_executable())
+    now = os.stat(bubblewrap.executable())
     assert (now.st_mode, now.st_mtime, now.st_size) == (program.st_mode, program.st_mtime, program.st_size)
 
 
@@ -251,7 +251,7 @@ os.environ.update(LD_PRELOAD='/tmp/e.so', PYTHONSTARTUP='/tmp/.pythonrc.py', PYT
 builtins.left = numpy.left = 1
 sys.modules['left'] = 1
 random.seed(5)"""
-    shown = {Path(path).parts[2] for path in sandbox_module._shown() if path.startswith("/tmp/")}  # this very Python
+    shown = {Path(path).parts[2] for path in bubblewrap.seen() if path.startswith("/tmp/")}  # this very Python
     look = f"import os, sys, numpy, random\nprint([name for name in os.listdir('/tmp') if name not in {shown!r}], "
     look += "sorted(os.environ), 'left' in dir(__builtins__), "
     look += "'left' in sys.modules, hasattr(numpy, 'left'), random.random())"
