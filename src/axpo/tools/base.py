@@ -232,9 +232,11 @@ class Offer:
             fault = None if error is None else self._fault(error)
             if fault is None or isinstance(fault, PolicyFault):
                 conversation.tool_seconds += self.counts * (time.monotonic() - start)
-            if fault is not None:
-                raise fault from error
-            return output
+            if fault is None:
+                return output
+            if fault is error:
+                raise fault
+            raise fault from error
 
     def _turn(self) -> contextlib.AbstractAsyncContextManager[None]:
         if self.concurrency is None:
