@@ -15,10 +15,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import yaml
+from commands import axpo, mistake, succeed
 from transformers import Qwen3VLForConditionalGeneration
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from axpo import build, cli
+from axpo import build
 from axpo.chat import Chat
 from axpo.config import load_config
 from axpo.miniature import quickstart
@@ -88,25 +89,6 @@ def write_project(folder: Path) -> Path:
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(CONFIG))
     return config
-
-
-def axpo(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def succeed(*arguments: object) -> Result:
-    result = axpo(*arguments)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result
-
-
-def mistake(*arguments: object) -> str:
-    """The message of a command that a user's mistake ends."""
-    result = axpo(*arguments)
-    assert (result.exit_code, type(result.exception)) == (2, SystemExit), result.output + repr(result.exception)
-    lines = result.stderr.splitlines()
-    assert all(line.startswith(("error: ", "warning: ")) for line in lines), result.stderr
-    return result.stderr
 
 
 @pytest.fixture
@@ -424,7 +406,7 @@ def test_data_that_cannot_be_used(project: Path):
         write_rows(data, rows)
         assert mistake("train", project, f"data.train={data}") == told
     write_rows(data, [{**QUESTIONS[0], "images": ["nowhere.png"]}])
-    assert f"error: {data}: no question is left" in mistake("train", project, f"data.train={data}")
+    assert f"error: {data}: no question is left" in mistake("train", project, f"data.train={data}", warned=True)
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from typer.testing import CliRunner, Result
+from commands import mistake, succeed
 
-from axpo import build, cli
+from axpo import build
 from axpo.config import load_config, save_config
 from axpo.miniature.base import BASE
 from axpo.storage import load_trees, save_trees
@@ -17,24 +17,6 @@ from axpo.tree import CallSpan, Kind, Outcome, RolloutTree, StopReason
 TOOLS = ["tools.names=[zoom,python,search]", "tools.corpus=miniature", "tools.zoom_pixels=16384"]
 SMALL = [*TOOLS, "max_pixels=16384", "threads=1", "rollout.max_tokens=40", "rollout.max_context=1100"]
 FEW = ["--questions", "3", "--continuations", "3", "--prefixes", "2"]
-
-
-def axpo(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def succeed(*arguments: object) -> Result:
-    result = axpo(*arguments)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result
-
-
-def mistake(*arguments: object) -> str:
-    """The message of a command that a user's mistake ends."""
-    result = axpo(*arguments)
-    assert (result.exit_code, type(result.exception)) == (2, SystemExit), result.output + repr(result.exception)
-    assert all(line.startswith("error: ") for line in result.stderr.splitlines()), result.stderr
-    return result.stderr
 
 
 @pytest.fixture

@@ -2,14 +2,15 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
+import commands
 import numpy as np
 import PIL.Image
 import pytest
-from typer.testing import CliRunner, Result
 
-from axpo import cli, cli_simulate
+from axpo import cli_simulate
 from axpo.cli_simulate import ABLATIONS, VARIANTS, load
 from axpo.simulation import Curves
 from axpo.simulation_report import BARS, Cell, Learned, bars
@@ -17,15 +18,8 @@ from axpo.simulation_report import BARS, Cell, Learned, bars
 TINY = ["steps=4", "seeds=2", "questions=4", "processes=1"]
 
 
-def axpo(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, ["simulate", *map(str, arguments)])
-
-
-def mistake(*arguments: object) -> str:
-    result = axpo(*arguments)
-    assert (result.exit_code, type(result.exception)) == (2, SystemExit), result.output + repr(result.exception)
-    assert all(line.startswith("error: ") for line in result.stderr.splitlines()), result.stderr
-    return result.stderr
+axpo = partial(commands.axpo, "simulate")
+mistake = partial(commands.mistake, "simulate")
 
 
 @pytest.fixture
@@ -37,6 +31,7 @@ def small_phase(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_phase")
 def test_it_prints_and_writes_curves_and_the_phase_diagram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "simulate").mkdir(parents=True)
     (tmp_path / "runs" / "simulate" / "simulate.json").touch()

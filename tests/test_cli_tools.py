@@ -7,15 +7,17 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import commands
 import PIL.Image
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from axpo import build, cli
+from axpo import build
 from axpo.chat import Chat
 from axpo.cli_tools import LINES, draw_picture, sample
 from axpo.config import load_config
@@ -87,22 +89,9 @@ def dial(number: str) -> str:
 SERVER = Path(__file__).parent / "tools" / "mcp_server.py"
 
 
-def axpo(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, ["tools", "check", *map(str, arguments)])
-
-
-def succeed(*arguments: object) -> Result:
-    result = axpo(*arguments)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result
-
-
-def mistake(*arguments: object) -> str:
-    """The message of a command that a user's mistake ends."""
-    result = axpo(*arguments)
-    assert (result.exit_code, type(result.exception)) == (2, SystemExit), result.output + repr(result.exception)
-    assert all(line.startswith("error: ") for line in result.stderr.splitlines()), result.stderr
-    return result.stderr
+axpo = partial(commands.axpo, "tools", "check")
+succeed = partial(commands.succeed, "tools", "check")
+mistake = partial(commands.mistake, "tools", "check")
 
 
 def parts(result: Result) -> dict[str, str]:
