@@ -8,7 +8,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -170,21 +170,30 @@ def warm_client() -> None:
 
 
 @pytest.fixture
-def search_server(warm_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[SearchServer]:
+def serve(warm_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, Callable[[str], Any]], Any]]:
+    """Starts a server on loopback. Its handlers find what `make` makes of its URL as `self.server.state`."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with contextlib.ExitStack() as servers:
+
+        def start(handler: Any, make: Callable[[str], Any]) -> Any:
+            server: Any = servers.enter_context(_Server(("127.0.0.1", 0), handler))
+            server.state = make(f"http://127.0.0.1:{server.server_port}")
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            servers.callback(server.shutdown)
+            servers.callback(server.state.stopped.set)
+            return server.state
+
+        yield start
+
+
+@pytest.fixture
+def search_server(serve: Callable[..., SearchServer], monkeypatch: pytest.MonkeyPatch) -> SearchServer:
     """A `SearchServer` on loopback, whose key is in TAVILY_API_KEY, SERPER_API_KEY and MY_KEY."""
-    server = _Server(("127.0.0.1", 0), _Handler)
-    state = SearchServer(f"http://127.0.0.1:{server.server_port}")
+    state = serve(_Handler, SearchServer)
     state.results = [
         {"title": "Velm", "link": "https://velm.example/tower", "text": "The tower of Velm has 41 steps."},
         {"title": "Oru", "link": "https://oru.example", "text": "Oru is a town\n\n\non a\tlake."},
     ]
-    server.state = state  # type: ignore[attr-defined]
     for variable in ("TAVILY_API_KEY", "SERPER_API_KEY", "MY_KEY"):
         monkeypatch.setenv(variable, state.key)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield state
-    state.stopped.set()
-    server.shutdown()
-    server.server_close()
+    return state

@@ -10,9 +10,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Any
 
     def do_POST(self) -> None:
-        service: Service = self.server.service
+        service: Service = self.server.state
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         service.requests.append(request)
         assert self.path == "/run_jupyter"
@@ -129,25 +129,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: Any) -> None:
-        pass  # clients hang up in these tests
-
-
 @pytest.fixture
-def service(warm_client: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    server = _Server(("127.0.0.1", 0), _Handler)
-    state = Service(f"http://127.0.0.1:{server.server_port}")
-    server.service = state  # type: ignore[attr-defined]
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def service(serve: Callable[..., Service], monkeypatch: pytest.MonkeyPatch) -> Service:
     monkeypatch.setattr(base, "RETRY_AFTER", (0.0, 0.0))
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield state
-    state.stopped.set()
-    server.shutdown()
-    server.server_close()
+    return serve(_Handler, Service)
 
 
 def picture(width: int, height: int = 20, turned: bool = False) -> bytes:
