@@ -205,6 +205,11 @@ def test_what_is_transparent_becomes_white() -> None:
     assert small.getpixel((4, 4)) == (255, 255, 255)
 
 
+def test_sixteen_bits_lose_their_lower_half() -> None:
+    small = PIL.Image.open(io.BytesIO(shrink(picture(9, 9, color=0x4012, mode="I;16"))))
+    assert small.getpixel((4, 4)) == (0x40, 0x40, 0x40)
+
+
 @pytest.mark.parametrize(
     "file",
     [b"", b"<svg/>", IMAGE[:40], picture(6000, 5000), picture(1010, 10), picture(9, 9, "TIFF"), b"x" * 4_000_001],

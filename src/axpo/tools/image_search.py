@@ -10,7 +10,7 @@ from pathlib import Path
 import PIL.Image
 import PIL.ImageOps
 
-from axpo.images import MAX_ASPECT
+from axpo.images import MAX_ASPECT, as_seen
 from axpo.tools.base import Conversation, PolicyFault, SystemFault, Tool, ToolResult, encode_png
 from axpo.tools.cache import Answers
 from axpo.tools.image_providers import ImageProvider
@@ -106,11 +106,9 @@ def shrink(file: bytes) -> bytes:
         with _open(file) as image:
             image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded no larger than needed
             image.thumbnail((SIDE, SIDE))
-            turned = PIL.ImageOps.exif_transpose(image).convert("RGBA")
+            return encode_png(as_seen(PIL.ImageOps.exif_transpose(image)).convert("RGB"))
     except (OSError, SyntaxError) as error:  # as PIL has it for files that are cut short or broken
         raise ValueError(f"a broken picture: {error}") from error
-    ground = PIL.Image.new("RGBA", turned.size, "white")
-    return encode_png(PIL.Image.alpha_composite(ground, turned).convert("RGB"))
 
 
 def _open(file: bytes) -> PIL.Image.Image:
