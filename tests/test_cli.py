@@ -336,7 +336,7 @@ def test_an_interrupted_run_is_usable(project: Path):
         ("eval.questions=5", "error: eval.questions: got 5, but data.eval holds 3"),
         ("rollout.rollouts=1", "error: rollout.rollouts: got 1, must be at least 2"),
         ("method.continuations=5", "so nothing can ever be resampled: r·B·N = 1·2·2 = 4 extra rollouts a step"),
-        ("tools.names=[nowhere.py]", "nowhere.py does not exist"),
+        ("tools.names=[nowhere.py]", "error: tools.names[0]: the tool file "),
         ("tools.names=[hammer]", "error: tools.names[0]: got 'hammer', must be one of zoom, python, search"),
         ("model=.", "is not a checkpoint: it holds no config.json"),
         ("device=cuda:99", "error: device: got 'cuda:99', but torch"),
@@ -413,7 +413,7 @@ def test_data_that_cannot_be_used(project: Path):
 def test_a_tool_file_that_does_not_import(project: Path):
     tool = project.parent / "count.py"
     tool.write_text("import nowhere\n")
-    told = f"error: {tool}:1: does not import: ModuleNotFoundError: No module named 'nowhere'\n"
+    told = f"error: tools.names[0]: {tool}:1: does not import: ModuleNotFoundError: No module named 'nowhere'\n"
     assert mistake("train", project) == told
 
 

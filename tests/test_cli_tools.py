@@ -253,10 +253,11 @@ def test_mistakes_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TAVILY_API_KEY", raising=False)
     assert mistake(config([])).startswith("error: tools.names: got nothing, but this command needs tools")
     assert mistake(config(["zoomm"])).startswith("error: tools.names")
-    assert "error: the tool file" in mistake(config(["nowhere.py"]))
+    assert "error: tools.names[0]: the tool file" in mistake(config(["nowhere.py"]))
     tavily = {"names": ["search"], "search": "tavily"}
-    assert "error: the environment variable TAVILY_API_KEY is not set" in mistake(config(tavily))
-    assert "error: the MCP server 'no-such-command' cannot be used" in mistake(config([{"mcp": "no-such-command"}]))
+    assert "error: tools.search: the environment variable TAVILY_API_KEY is not set" in mistake(config(tavily))
+    told = "error: tools.names[0]: the MCP server 'no-such-command' cannot be used"
+    assert told in mistake(config([{"mcp": "no-such-command"}]))
     remote = {"names": ["python"], "sandbox": {"remote": "http://127.0.0.1:9"}}
     assert "error: tools.sandbox: no SandboxFusion service answers at http://127.0.0.1:9" in mistake(config(remote))
     given = config(["mine.py"])

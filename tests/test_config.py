@@ -133,6 +133,9 @@ def test_a_saved_config_loads_back_equal_from_anywhere(tmp_path: Path, monkeypat
         ("tools.search={url: a, searxng: b}", "tools.search: got {'url': 'a', 'searxng': 'b'}, must be local"),
         ("tools.image_search=serper", "tools.image_search: got 'serper', must be {url: URL}, {serper: UPLOAD URL} or"),
         ("tools=[{mcp: [npx]}]", "tools.names[0]: got {'mcp': ['npx']}, must be one of zoom"),
+        ("tools=[{mcp: 3}]", "tools.names[0]: got {'mcp': 3}, must be one of zoom"),
+        ("tools=[{env: []}]", "tools.names[0]: got {'env': []}, must be one of zoom"),
+        ("tools=[{mcp: npx, envs: []}]", "tools.names[0]: got {'mcp': 'npx', 'envs': []}, must be one of zoom"),
         (
             "tools=[{mcp: npx, env: HOME}]",
             "tools.names[0]: got {'mcp': 'npx', 'env': 'HOME'}, must have a list of names",

@@ -95,7 +95,7 @@ def load_toolbox(config: Config, chat: Chat) -> Toolbox:
         return corpus() if options.corpus == MINIATURE else cast(Path | None, options.corpus)
 
     known = built_in(options, documents, chat.shorten)
-    training, evaluation = load_tools(options.names, known), load_tools(config.eval.tools, known)
+    training, evaluation = load_tools(options.names, known), load_tools(config.eval.tools, known, "eval.tools")
     return Toolbox(training, options.timeout, options.rollout_timeout, options.concurrency, evaluation)
 
 

@@ -43,6 +43,12 @@ def call(tool: Tool, images: Sequence[bytes] = (IMAGE,), **arguments: Any) -> To
     return asyncio.run(story())
 
 
+def written(folder: Path) -> Path:
+    """The documents in a file."""
+    (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS))
+    return folder / "documents.jsonl"
+
+
 @pytest.fixture
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("TAVILY_API_KEY", "SERPER_API_KEY", "MY_KEY"):
@@ -100,9 +106,8 @@ def test_search_keeps_to_its_rate(tmp_path: Path, search_server: Any) -> None:
 
 
 def test_the_index_of_a_corpus_is_kept_under_the_cache(tmp_path: Path) -> None:
-    file, cache = tmp_path / "corpus.jsonl", tmp_path / "cache"
-    file.write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS))
-    assert call(make(cache, "search", file), query="lake").text == "1. Oru: Oru is a town on a lake."
+    cache = tmp_path / "cache"
+    assert call(make(cache, "search", written(tmp_path)), query="lake").text == "1. Oru: Oru is a town on a lake."
     assert [path.name.partition("-")[0] for path in cache.iterdir()] == ["bm25"]
 
 
@@ -131,13 +136,23 @@ def test_a_result_is_cut_to_its_tokens(tmp_path: Path) -> None:
 )
 @pytest.mark.usefixtures("no_keys")
 def test_search_that_cannot_work_is_refused(tmp_path: Path, choice: Any, told: str) -> None:
-    with pytest.raises(ToolError) as caught:
+    with pytest.raises(ToolError, match=r"^tools\.search: ") as caught:
         make(tmp_path, "search", search=choice)
     assert told in str(caught.value)
 
 
+def test_a_corpus_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text("{}\n")
+    with pytest.raises(ToolError, match=r"^tools\.corpus: .*corpus\.jsonl:1: 'title' is missing"):
+        make(tmp_path, "search", tmp_path / "corpus.jsonl")
+    with pytest.raises(ToolError, match=r"^tools\.cache: the index cannot be kept in .*corpus\.jsonl"):
+        make(tmp_path / "corpus.jsonl", "search", written(tmp_path))
+    with pytest.raises(ToolError, match=r"^tools\.embedder: .*nowhere is not a folder; must be that of a sentence-"):
+        make(tmp_path, "search", embedder=str(tmp_path / "nowhere"))
+
+
 def test_local_search_needs_documents(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match=r"the tool 'search' needs tools\.corpus"):
+    with pytest.raises(ToolError, match=r"^tools\.corpus: the tool 'search' needs a \.jsonl"):
         make(tmp_path, "search", None)
 
 
@@ -176,7 +191,7 @@ def test_images_that_were_found_are_kept_under_the_cache(tmp_path: Path, search_
 @pytest.mark.parametrize(
     ("choice", "told"),
     [
-        (None, "the tool 'image_search' needs tools.image_search, which says where to search"),
+        (None, "the tool 'image_search' needs it, to know where to search"),
         ({"serper": "http://mine"}, "the environment variable SERPER_API_KEY is not set"),
         ({"url": "http://mine/{key:MY_KEY}"}, "the environment variable MY_KEY is not set"),
         ({"table": "/nowhere.jsonl"}, "the image table /nowhere.jsonl cannot be read"),
@@ -184,7 +199,7 @@ def test_images_that_were_found_are_kept_under_the_cache(tmp_path: Path, search_
 )
 @pytest.mark.usefixtures("no_keys")
 def test_image_search_that_cannot_work_is_refused(tmp_path: Path, choice: Any, told: str) -> None:
-    with pytest.raises(ToolError) as caught:
+    with pytest.raises(ToolError, match=r"^tools\.image_search: ") as caught:
         make(tmp_path, "image_search", image_search=choice)
     assert told in str(caught.value)
 

@@ -128,7 +128,7 @@ def test_an_answer_that_cannot_be_kept_is_given_all_the_same(tmp_path: Path, cap
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ToolError, match=r"cache folder .*file.* cannot be made"):
+    with pytest.raises(ToolError, match=r"tools\.cache: the folder .*file.* cannot be made"):
         Answers(str, tmp_path / "file" / "cache")
 
 

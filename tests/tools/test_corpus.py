@@ -274,5 +274,5 @@ def test_an_embedder_that_is_none(lines: Path, tmp_path: Path) -> None:
         open_corpus(lines, None, tmp_path / "nowhere")
     pytest.importorskip("sentence_transformers")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ToolError, match=r"the embedder .*empty cannot be loaded"):
+    with pytest.raises(ToolError, match=r"tools\.embedder: .*empty cannot be loaded"):
         open_corpus(lines, None, tmp_path / "empty")

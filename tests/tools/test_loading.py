@@ -105,12 +105,14 @@ def test_a_file_that_gives_no_tools_is_named_with_the_line(tmp_path: Path, text:
 def test_a_relative_path_has_its_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path / "mine.py", "1 / 0\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ToolError, match=r"^mine\.py:1: does not import: ZeroDivisionError"):
+    with pytest.raises(ToolError, match=r"^tools\.names\[0\]: mine\.py:1: does not import: ZeroDivisionError"):
         load_tools(["mine.py"])
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match=r"unknown tool 'zom': choose from zoom, or give a \.py file"):
+    with pytest.raises(
+        ToolError, match=r"^tools\.names\[0\]: unknown tool 'zom': choose from zoom, or give a \.py file"
+    ):
         load_tools(["zom"], {"zoom": make_zoom})
     with pytest.raises(ToolError, match=r"nowhere\.py does not exist"):
         load_tools([str(tmp_path / "nowhere.py")])

@@ -231,7 +231,7 @@ def test_a_real_tokenizer(tokenizer: Any) -> None:
 def test_budgets_that_cannot_work() -> None:
     with pytest.raises(ToolError, match="shorten and tokens go together"):
         make_search(Fixed(), tokens=100)
-    with pytest.raises(ToolError, match="a result of 1 tokens is too short"):
+    with pytest.raises(ToolError, match=r"tools\.search_tokens: a result of 1 tokens is too short"):
         make_search(Fixed(), shorten=by_word, tokens=1)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from axpo.tools.base import Tool, ToolError
+from axpo.tools.faults import blame
 from axpo.tools.python import Interpreters, make_python
 from axpo.tools.remote import RemoteSandbox
 from axpo.tools.sandbox import Sandbox
@@ -65,15 +66,17 @@ def _provider(options: "ToolsConfig", documents: Callable[[], Documents]) -> "Pr
     if name == "local":
         source = documents()
         if source is None:
-            raise ToolError("the tool 'search' needs tools.corpus, a .jsonl or .parquet file of documents")
-        return corpus.open_corpus(source, options.cache, options.embedder)
+            raise ToolError("tools.corpus: the tool 'search' needs a .jsonl or .parquet file of documents")
+        with blame("tools.corpus"):
+            return corpus.open_corpus(source, options.cache, options.embedder)
     limits, cache = Limits(rate=options.search_rate), options.cache / "search"
-    if name == "url":
-        return providers.endpoint(address, limits=limits, cache=cache)
-    if name == "searxng":
-        return providers.searxng(address, limits, cache)
-    make = {"tavily": providers.tavily, "serper": providers.serper}[name]
-    return make(address, limits, cache) if address else make(limits=limits, cache=cache)
+    with blame("tools.search"):
+        if name == "url":
+            return providers.endpoint(address, limits, cache)
+        if name == "searxng":
+            return providers.searxng(address, limits, cache)
+        make = {"tavily": providers.tavily, "serper": providers.serper}[name]
+        return make(address, limits, cache) if address else make(limits=limits, cache=cache)
 
 
 def _image_search(options: "ToolsConfig") -> Tool:
@@ -82,16 +85,17 @@ def _image_search(options: "ToolsConfig") -> Tool:
     from axpo.tools.web import Limits
 
     if options.image_search is None:
-        raise ToolError("the tool 'image_search' needs tools.image_search, which says where to search")
+        raise ToolError("tools.image_search: the tool 'image_search' needs it, to know where to search")
     ((name, address),) = options.image_search.items()
     limits, cache = Limits(rate=options.search_rate), options.cache / "image_search"
     provider: ImageProvider
-    if name == "table":
-        provider = ImageTable(Path(address))
-    elif name == "url":
-        provider = image_endpoint(address, limits=limits, cache=cache)
-    else:
-        provider = serper_lens(address, limits=limits, cache=cache)
+    with blame("tools.image_search"):
+        if name == "table":
+            provider = ImageTable(Path(address))
+        elif name == "url":
+            provider = image_endpoint(address, limits, cache)
+        else:
+            provider = serper_lens(address, limits, cache)
     return make_image_search(provider, cache=cache)
 
 

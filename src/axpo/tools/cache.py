@@ -34,7 +34,7 @@ class Answers(Generic[T]):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ToolError(f"the cache folder {folder} cannot be made: {error}") from error
+                raise ToolError(f"tools.cache: the folder {folder} cannot be made: {error}") from error
 
     async def get(self, question: Mapping[str, Any], ask: Callable[[], Awaitable[T]]) -> T:
         """What `ask` answers, now or earlier. Only what it returns is kept, never what it raises.

@@ -223,5 +223,5 @@ def kept(
                 if not folder.is_dir():  # nor did another process make it meanwhile
                     raise
     except OSError as error:
-        raise ToolError(f"the index cannot be kept in {cache}: {error}") from error
+        raise ToolError(f"tools.cache: the index cannot be kept in {cache}: {error}") from error
     return folder

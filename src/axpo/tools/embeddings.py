@@ -35,15 +35,16 @@ class Embeddings:
 def load_embedder(folder: Path) -> Any:
     """The model in a folder, on the CPU. Raises ToolError where there is none, or where the library is missing."""
     if not folder.is_dir():
-        raise ToolError(f"the embedder {folder} is not a folder")
+        raise ToolError(f"tools.embedder: {folder} is not a folder; must be that of a sentence-transformers checkpoint")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise ToolError(f"an embedder needs sentence-transformers: pip install 'axpo[embeddings]' ({error})") from error
+        told = f"tools.embedder: it needs sentence-transformers: pip install 'axpo[embeddings]' ({error})"
+        raise ToolError(told) from error
     try:
         return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     except Exception as error:
-        raise ToolError(f"the embedder {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ToolError(f"tools.embedder: {folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def identify(folder: Path) -> list[list[Any]]:

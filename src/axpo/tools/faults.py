@@ -1,5 +1,7 @@
 """Whose fault a failed call is: the policy's, which reads about it, or the system's, which the policy never sees."""
 
+import contextlib
+from collections.abc import Iterator
 from enum import StrEnum
 
 
@@ -15,6 +17,17 @@ class Fault(StrEnum):
 
 class ToolError(ValueError):
     """A tool cannot be offered: it is not described well enough, or its file, server or corpus cannot be used."""
+
+
+@contextlib.contextmanager
+def blame(key: str) -> Iterator[None]:
+    """Puts the key of the config that is at fault before the message of a ToolError, unless it names one."""
+    try:
+        yield
+    except ToolError as error:
+        if str(error).startswith("tools."):
+            raise
+        raise ToolError(f"{key}: {error}") from error
 
 
 class PolicyFault(Exception):  # noqa: N818 (a fault, not a mistake in the program)

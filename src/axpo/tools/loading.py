@@ -16,15 +16,16 @@ from pydantic import BaseModel
 
 from axpo.tools.arguments import read_arguments
 from axpo.tools.base import Tool, ToolError
+from axpo.tools.faults import blame
 from axpo.tools.stateful import described_methods, methods
-
-_MCP_KEYS = ("mcp", "env", "only")
 
 
 def load_tools(
-    names: Sequence[str | Mapping[str, Any]], built_in: Mapping[str, Callable[[], Tool]] | None = None
+    names: Sequence[str | Mapping[str, Any]],
+    built_in: Mapping[str, Callable[[], Tool]] | None = None,
+    key: str = "tools.names",
 ) -> list[Tool]:
-    """The tools of these names: of one that is `built_in`, or the path of a Python file.
+    """The tools of these names, which stand under `key` in a config: `built_in` ones, or paths of Python files.
 
     A mapping {"mcp": SERVER} adds those of an MCP server, a command line or a URL; with "env": [NAME, …] the command
     gets these environment variables too, with "only": [NAME, …] no other tools of it are taken (`axpo.tools.mcp`).
@@ -34,31 +35,19 @@ def load_tools(
     """
     known = built_in or {}
     tools: list[Tool] = []
-    for name in names:
-        if isinstance(name, Mapping):
-            tools.extend(_load_server(name))
-        elif name in known:
-            tools.append(known[name]())
-        elif name.endswith(".py"):
-            tools.extend(load_file(Path(name)))
-        else:
-            raise ToolError(f"unknown tool {name!r}: choose from {', '.join(known)}, or give a .py file")
+    for place, name in enumerate(names):
+        with blame(f"{key}[{place}]"):
+            if isinstance(name, Mapping):
+                from axpo.tools.mcp import connect  # only a run with a server pays for its import
+
+                tools.extend(connect(name["mcp"], name.get("env", []), name.get("only")))
+            elif name in known:
+                tools.append(known[name]())
+            elif name.endswith(".py"):
+                tools.extend(load_file(Path(name)))
+            else:
+                raise ToolError(f"unknown tool {name!r}: choose from {', '.join(known)}, or give a .py file")
     return tools
-
-
-def _load_server(entry: Mapping[str, Any]) -> list[Tool]:
-    lists = [entry.get(key) or [] for key in ("env", "only")]
-    well_formed = isinstance(entry.get("mcp"), str) and all(
-        isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) for names in lists
-    )
-    if not well_formed or not entry.keys() <= set(_MCP_KEYS):
-        raise ToolError(
-            f'a tool that is a mapping is {{"mcp": a command or a URL}}, with lists of names "env" and "only" '
-            f"if need be, not {dict(entry)!r}"
-        )
-    from axpo.tools.mcp import connect  # only a run with a server pays for its import
-
-    return connect(entry["mcp"], lists[0], entry.get("only"))
 
 
 def load_file(path: Path) -> list[Tool]:

@@ -24,7 +24,7 @@ def make_search(provider: Provider, top_k: int = 3, shorten: Shorten | None = No
     if (shorten is None) != (tokens is None):
         raise ToolError("search: shorten and tokens go together")
     if shorten is not None and tokens is not None and (tokens < 1 or shorten(NOTHING, tokens) != NOTHING):
-        raise ToolError(f"search: a result of {tokens} tokens is too short to be read")
+        raise ToolError(f"tools.search_tokens: a result of {tokens} tokens is too short to be read")
 
     async def search(query: str) -> str:
         """Search the documents.
