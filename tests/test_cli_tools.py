@@ -136,7 +136,7 @@ def test_the_built_in_tools_are_called_and_shown_as_the_policy_would_see_them(fo
     assert "built-in zoom; deadline 20 s, 5 calls at once" in zoom
     assert '| <tool_call>\n  | {"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [250, 250' in zoom
     assert "built-in python, sandbox level bubblewrap; deadline 20 s, 5 calls at once" in python
-    assert f"  | Python {sys.version.split()[0]} (512, 384)\n  image 200×200, 16 tokens" in python
+    assert f"  | Python {sys.version.split()[0]} (512, 384)\n  image 200×200, seen as 128×128, 16 tokens" in python
     assert "built-in search, local corpus of 480 documents, BM25; no deadline but its provider's" in words(search)
     query = re.search(r'"query": "(\w+)"', search)
     assert query is not None
@@ -147,7 +147,8 @@ def test_the_built_in_tools_are_called_and_shown_as_the_policy_would_see_them(fo
     assert sizes == {"image_0.png": (512, 384), "image_zoom_in_tool-1-1.png": (608, 448), "python-1-1.png": (200, 200)}
     chat = build.load_chat(load_config(Path("config.yaml"), []))
     ids, images = chat.observation([("", [(written / "image_zoom_in_tool-1-1.png").read_bytes()])])
-    assert f"observed {len(ids)} tokens\n  image 608×448, {images[0].tokens} tokens" in zoom
+    assert f"observed {len(ids)} tokens\n  image 608×448, seen as 128×96, 12 tokens" in zoom
+    assert images[0].tokens == 12  # of 32 × 32 pixels: max_pixels leaves 149 × 110
 
 
 def test_the_zoom_of_the_test_picture_shows_what_is_in_its_middle():
@@ -164,7 +165,8 @@ def test_functions_and_classes_of_a_file_are_called_with_arguments_by_their_type
     told = '{"name": "shout", "arguments": {"text": "test", "mode": "loud", "times": [1]}}'
     assert told in words(found["shout"])
     assert "\n  | test loud [1]" in found["shout"]
-    assert re.search(r"observed \d+ tokens\n  image 64×32, \d+ tokens$", found["paint"])
+    # Enlarged, because the model sees at least 4096 pixels.
+    assert re.search(r"observed \d+ tokens\n  image 64×32, seen as 96×64, 6 tokens$", found["paint"])
     assert "  | counted to 1\n  the policy's fault at the second call  raised" in found["add"]
 
 

@@ -233,6 +233,12 @@ class Chat:
         patches, grid = self._processed(data)
         return Image(data, grid, len(patches) // self.merge_size**2)
 
+    def seen_size(self, image: Image) -> tuple[int, int]:
+        """The width and height in pixels that the model sees of an image."""
+        assert self.image_processor is not None, "there are no images without one"
+        _, height, width = image.grid
+        return width * self.image_processor.patch_size, height * self.image_processor.patch_size
+
     def pixels(self, images: Sequence[Image]) -> tuple[torch.Tensor, torch.Tensor]:
         """The vision encoder's input: patches (P, dim) float32 of all images in order, and grids (n, 3)."""
         processed = [self._processed(image.data) for image in images]

@@ -113,7 +113,7 @@ async def _check_all(
                 _quote(f"{CALL}\n{text}\n{END_CALL}")
                 first = await _ask(toolbox.in_evaluation, chat, text, conversation)
                 again = None if first.broken else await _ask(toolbox.in_evaluation, chat, text, conversation)
-                _show(first, again)
+                _show(first, again, chat)
                 for index, image in enumerate(first.images, 1):
                     _save(folder, f"{offer.name}-{number}-{index}.png", image.data)
                 if (first.broken or (again and again.broken)) and offer.name not in failed:
@@ -156,7 +156,7 @@ async def _ask(toolbox: "Toolbox", chat: "Chat", call: str, conversation: "Conve
 # What is shown --------------------------------------------------------------------------------------------------------
 
 
-def _show(first: Answer, again: Answer | None) -> None:
+def _show(first: Answer, again: Answer | None, chat: "Chat") -> None:
     times = [f"{1000 * answer.seconds:.1f} ms" for answer in (first, again) if answer]
     _say(", then ".join(times), "latency  ")
     if first.broken:
@@ -167,7 +167,8 @@ def _show(first: Answer, again: Answer | None) -> None:
     if first.text:
         _quote(first.text)
     for image in first.images:
-        typer.echo(f"  image {_size(image.data)}, {image.tokens} tokens")
+        width, height = chat.seen_size(image)
+        typer.echo(f"  image {_size(image.data)}, seen as {width}×{height}, {image.tokens} tokens")
     if again and again.broken:
         _say(_printable(again.broken), "the second call failed by the system's fault  ")
     elif again and again.fault != first.fault:
