@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from axpo.agent import Agent, Limits
 from axpo.chat import Chat
-from axpo.config import MINIATURE, Config, ConfigError, Source
+from axpo.config import MINIATURE, MINIATURE_SFT, Config, ConfigError, Source
 from axpo.engines.base import Engine, Sampling
 from axpo.engines.local import LocalEngine
 from axpo.methods import needs_entropy
@@ -76,7 +76,7 @@ def _questions(source: Source, held_out: bool, seed: int) -> list[Question] | No
 
 def model_path(config: Config) -> str | Path:
     """Where the config's model lies."""
-    return base.BASE if config.model == MINIATURE else config.model
+    return {MINIATURE: base.BASE, MINIATURE_SFT: base.SFT}.get(config.model, config.model)
 
 
 def load_chat(config: Config) -> Chat:

@@ -17,6 +17,7 @@ from axpo.cli_compare import compare
 from axpo.cli_diagnose import diagnose
 from axpo.cli_methods import methods
 from axpo.cli_shared import (
+    QUICKSTART,
     ConfigFile,
     Overrides,
     check_prompt,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from axpo.tools.base import Toolbox
     from axpo.tree import RolloutTree
 
-QUICKSTART = Path(__file__).parent / "miniature" / "quickstart.yaml"
 QUICKSTART_OUTPUT = Path("runs/quickstart")
 
 app = typer.Typer(

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from axpo.cli_shared import (
+    QUICKSTART,
     Overrides,
     check_prompt,
     checkpoint_of_run,
@@ -24,7 +25,7 @@ from axpo.cli_shared import (
     running,
     shown,
 )
-from axpo.config import MINIATURE, Config, ConfigError, load_config
+from axpo.config import MINIATURE, MINIATURE_SFT, Config, ConfigError, load_config
 from axpo.progress import NOTHING, WIDTH, TerminalProgress
 
 OUTPUT = Path("runs/diagnose")  # of a policy that is no run
@@ -32,7 +33,7 @@ OUTPUT = Path("runs/diagnose")  # of a policy that is no run
 
 def diagnose(
     policy: Annotated[
-        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder, folder of a checkpoint, or 'miniature'.")
+        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder, folder of a checkpoint, or 'miniature_sft'.")
     ],
     data: Annotated[str, typer.Argument(metavar="DATA", help="File of questions, or 'miniature'.")],
     overrides: Overrides = None,
@@ -63,7 +64,7 @@ def diagnose(
                 raise ConfigError(f"{option}: got {value}, must be at least {least}")
         config = _config(policy, checkpoint, data, overrides or [])
         from axpo import build
-        from axpo.diagnostics.divergence import Effort, draw, figures
+        from axpo.diagnostics.divergence import Effort, draw, family_figures, figures
         from axpo.diagnostics.plots import plot_divergence, plot_gap
 
         chat, toolbox = prepare(config)
@@ -77,7 +78,10 @@ def diagnose(
             agent = build.probing_agent(config, build.make_engine(config, model, chat, entropies=True), chat, toolbox)
             draws = asyncio.run(draw(agent, asked, effort, threshold, config.seed, progress))
             run.save_trees("diagnose", draws.trees)
-            found = figures(draws, threshold) | {"coverage": _coverage(Path(policy).expanduser(), threshold)}
+            families = {question.id: question.family for question in asked}
+            found = figures(draws, threshold)
+            found["families"] = family_figures(draws.trees, families, threshold)
+            found["coverage"] = _coverage(Path(policy).expanduser(), threshold)
             run.save_summary({"model": config.model, "data": data, **found}, "diagnose")
             plot_gap(found, run.folder / "gap.png")
             plot_divergence(found, run.folder / "divergence.png")
@@ -109,10 +113,12 @@ def _config(policy: str, checkpoint: str, data: str, overrides: Sequence[str]) -
     if (folder / "config.yaml").is_file():
         file, model = folder / "config.yaml", str(checkpoint_of_run(folder, checkpoint).absolute())
         output = folder.absolute() / "diagnose"
+    elif policy == MINIATURE_SFT:
+        file = QUICKSTART
     elif policy != MINIATURE and not (folder / "config.json").is_file():
         raise ConfigError(
             f"RUN_OR_CHECKPOINT: got {policy!r}, must be a run folder (it holds config.yaml), "
-            f"the folder of a checkpoint (config.json), or {MINIATURE!r}"
+            f"the folder of a checkpoint (config.json), {MINIATURE!r} or {MINIATURE_SFT!r}"
         )
     sources = [f"data.train={json.dumps(data)}", "data.eval=", "data.sft="]
     given = [f"output={json.dumps(str(free(output)))}", *overrides, f"model={json.dumps(model)}", *sources]
@@ -134,6 +140,9 @@ def _table(found: Mapping[str, Any], continuations: int) -> Table:
     prefixes, questions = f"{found['measured']} prefixes", f"{found['questions_measured']} questions"
     table.add_row("Under-attempt")
     table.add_row("  rollouts that call a tool", _percent(found["tool_use"]), rollouts, "20-35%")
+    table.add_row("Accuracy")
+    table.add_row("  rollouts with a tool call", _percent(found["accuracy_tool"]))
+    table.add_row("  without", _percent(found["accuracy_no_tool"]))
     table.add_row("All wrong")
     for key, name, paper in (("tool", "with a tool call", "40%"), ("no_tool", "without", "25%")):
         counted = f"{found[f'questions_{key}']} questions"
@@ -152,6 +161,13 @@ def _table(found: Mapping[str, Any], continuations: int) -> Table:
 def _remarks(found: Mapping[str, Any]) -> list[str]:
     """What the table does not tell."""
     remarks = []
+    if len(found["families"]) > 1:
+        for family, shares in found["families"].items():
+            with_call, without = (
+                f"{_percent(shares[f'accuracy_{part}'])} right, {_percent(shares[f'all_wrong_{part}'])} all wrong"
+                for part in ("tool", "no_tool")
+            )
+            remarks.append(f"{family}: tool use {_percent(shares['tool_use'])}; with {with_call}; without {without}")
     if found["continued"] < found["failed"]:
         remarks.append(f"{found['continued']} of {found['failed']} failed prefixes were continued (--prefixes)")
     if not found["calls"]:

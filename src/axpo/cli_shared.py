@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from axpo.run import Run
     from axpo.tools.base import Toolbox
 
+QUICKSTART = Path(__file__).parent / "miniature" / "quickstart.yaml"
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; axpo/options.py explains every key.")]
 Overrides = Annotated[
     list[str] | None,

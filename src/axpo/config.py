@@ -18,6 +18,7 @@ from axpo.config_errors import describe
 from axpo.options import (
     METHOD_DEFAULTS,
     MINIATURE,
+    MINIATURE_SFT,
     AbsolutePath,
     AlarmsConfig,
     Checkpoint,
@@ -36,7 +37,17 @@ from axpo.options import (
     TrainConfig,
 )
 
-__all__ = ["MINIATURE", "Config", "ConfigError", "Source", "load_config", "make_config", "read_yaml", "save_config"]
+__all__ = [
+    "MINIATURE",
+    "MINIATURE_SFT",
+    "Config",
+    "ConfigError",
+    "Source",
+    "load_config",
+    "make_config",
+    "read_yaml",
+    "save_config",
+]
 
 
 class ConfigError(ValueError):
@@ -47,7 +58,8 @@ class Config(Section):
     """A whole run."""
 
     model: Checkpoint = MINIATURE
-    """"miniature", or the folder of a checkpoint that `from_pretrained` opens. Default: miniature."""
+    """"miniature", "miniature_sft" (the same after fine-tuning), or the folder of a checkpoint that `from_pretrained`
+    opens. Default: miniature."""
     output: AbsolutePath = Path("runs/axpo")
     """The run folder. Default: runs/axpo in the current folder."""
     seed: Integer = Field(default=0, ge=0)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 MINIATURE = "miniature"
+MINIATURE_SFT = "miniature_sft"  # its base after the quickstart's fine-tuning
 BUILT_IN_TOOLS = ("zoom", "python", "search", "image_search")
 
 
@@ -75,7 +76,8 @@ def _default_cache() -> Path:
 
 
 def _checkpoint(name: str) -> str:
-    return str(_absolute(Path(name))) if name != MINIATURE and Path(name).expanduser().is_dir() else name
+    shipped = name in (MINIATURE, MINIATURE_SFT)
+    return str(_absolute(Path(name))) if not shipped and Path(name).expanduser().is_dir() else name
 
 
 def _device(name: str) -> str:

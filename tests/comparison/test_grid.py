@@ -69,12 +69,20 @@ def test_the_start_is_made_once_or_with_each_seed(tmp_path: Path) -> None:
     assert {cell.config.model for cell in given} == {str(tmp_path / "model")}
 
 
+def test_a_method_may_have_fewer_seeds(tmp_path: Path) -> None:
+    cells = cells_of(load_grid(write(tmp_path, seeds_of={"grpo": [5]})))
+    assert [cell.seed for cell in cells if cell.name == "grpo"] == [5]
+    assert [cell.seed for cell in cells if cell.name == "axpo"] == [4, 5]
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"seeds": [1, 1]}, "seeds: got [1, 1], must be different numbers from 0 on"),
         ({"seeds": []}, "seeds: got [], "),
         ({"seeds": ["x"]}, "seeds[0]: got 'x', must be a valid integer"),
+        ({"seeds_of": {"axpo": [9]}}, "seeds_of.axpo: got [9], must be seeds of [4, 5], of a method of the grid"),
+        ({"seeds_of": {"ppo": [4]}}, "seeds_of.ppo: got [4], must be"),
         ({"seed": [1]}, "seed: unknown key -> did you mean seeds?"),
         ({"methods": {"sft": []}}, "methods: got the name 'sft'"),
         ({"methods": {"a/b": []}}, "methods: got the name 'a/b', must be letters, digits, _, . and -"),

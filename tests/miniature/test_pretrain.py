@@ -42,8 +42,9 @@ def test_exchanges_in_one_tree_are_as_likely_as_each_alone(
 
 def test_told_exchanges_are_whole_rollouts(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "TOLD_PROBLEMS", 12)
+    monkeypatch.setattr(pretrain, "TOLD_PICTURES", 2)
     trees = asyncio.run(pretrain.told(chat, 1))
-    assert len(trees) == 12
+    assert len(trees) == 12 + 2
     for tree in trees:
         (leaf,) = tree.leaves()
         kinds = [segment.kind for segment in leaf.path()]

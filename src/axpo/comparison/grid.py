@@ -44,6 +44,8 @@ class Grid(Section):
     """What is compared: for each name the overrides of the config, as KEY=VALUE or as keys."""
     seeds: list[Integer] = Field(min_length=1)
     """The seeds that every method is run with."""
+    seeds_of: dict[str, list[Integer]] = Field(default_factory=dict)
+    """For methods that are run with some of these only, which. Default: none."""
     output: AbsolutePath
     """The folder of the comparison."""
     start: Annotated[Literal["once", "per_seed"] | AbsolutePath | None, BeforeValidator(_start)] = None
@@ -111,6 +113,9 @@ def _problems(grid: Grid) -> list[str]:
             found.append(f"methods: got the name {name!r}, must be letters, digits, _, . and -, and not {START!r}")
     if len(set(grid.seeds)) < len(grid.seeds) or min(grid.seeds) < 0:
         found.append(f"seeds: got {grid.seeds}, must be different numbers from 0 on")
+    for name, seeds in grid.seeds_of.items():
+        if name not in grid.methods or not seeds or not set(seeds) <= set(grid.seeds):
+            found.append(f"seeds_of.{name}: got {seeds}, must be seeds of {grid.seeds}, of a method of the grid")
     known = [*grid.methods, START]
     for pair in grid.pairs or []:
         found += [f"pairs: got {name!r}, must be one of {', '.join(known)}" for name in pair if name not in known]
@@ -141,6 +146,8 @@ def cells_of(grid: Grid) -> list[Cell]:
             start = str(teacher.folder / "checkpoint")
         ours = {"seed": seed} | ({"model": start} if start else {})
         for name, overrides in ((START, {"train": {"steps": 0}}), *grid.methods.items()):
+            if seed not in grid.seeds_of.get(name, grid.seeds):
+                continue
             folder = grid.output / "cells" / name / f"seed_{seed}"
             config = _config(grid, f"methods.{name}", overrides, ours | {"output": str(folder)})
             cells.append(Cell(name, seed, config, needs=teacher))

@@ -4,7 +4,7 @@
 *Divergence*: what the policy does when it continues one failed prefix many times, and whether that repairs it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from axpo.workflow import Progress
 
 DIAGNOSIS = 3  # keeps its random numbers apart from those of training, evaluation and teaching
+SHARES = ("accuracy", "tool_use", "accuracy_tool", "accuracy_no_tool", "all_wrong_tool", "all_wrong_no_tool")
 WAVE = 512  # rollouts drawn at once: the engine holds their keys and values until all have ended
 
 
@@ -133,7 +134,8 @@ def continued(agent: Agent, tree: RolloutTree, prefix: Segment, number: int) -> 
 def figures(draws: Draws, threshold: float) -> dict[str, Any]:
     """All that is measured; a share of nothing is None.
 
-    - `tool_use`: share of the `decided` rollouts (not void) that call a tool.
+    - `tool_use`: share of the `decided` rollouts (not void) that call a tool; `accuracy_tool`, `accuracy_no_tool`:
+      shares of those with, without a call that are right.
     - `all_wrong_tool`, `all_wrong_no_tool`: share of the questions whose rollouts with, without a call are all wrong,
       of the `questions_tool`, `questions_no_tool` that have any.
     - `clusters`: mean number of clusters of calls after one prefix, `collapsed`: share of prefixes with one cluster,
@@ -155,10 +157,8 @@ def figures(draws: Draws, threshold: float) -> dict[str, Any]:
         "questions": len(draws.trees),
         "decided": sum(map(len, groups)),
         "void": gap["void"],
-        **{name: gap[name] for name in ("accuracy", "accuracy_tool", "accuracy_no_tool", "tool_use")},
-        "all_wrong_tool": gap["all_wrong_tool"],
+        **{name: gap[name] for name in SHARES},
         "questions_tool": tool,
-        "all_wrong_no_tool": gap["all_wrong_no_tool"],
         "questions_no_tool": no_tool,
         "failed": draws.failed,
         "continued": len(draws.prefixes),
@@ -174,6 +174,15 @@ def figures(draws: Draws, threshold: float) -> dict[str, Any]:
         "prefixes": prefixes,
         "certainties": [{"confidence": c.confidence, "entropy": c.entropy} for c in draws.certainties],
     }
+
+
+def family_figures(
+    trees: Sequence[RolloutTree], families: Mapping[str, str], threshold: float
+) -> dict[str, dict[str, Any]]:
+    """The shares of each family's rollouts; `families` has the family of each question, by its id."""
+    of = {name: [t for t in trees if families[t.question_id] == name] for name in sorted(set(families.values()))}
+    gaps = {name: measure(found, threshold) for name, found in of.items()}
+    return {name: {share: gap[share] for share in SHARES} for name, gap in gaps.items()}
 
 
 def _prefix_figures(prefix: Continued, threshold: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The miniature's tiny Qwen3-VL: tokenizer, architecture, and the pre-trained base that the package holds."""
+"""The miniature's tiny Qwen3-VL: tokenizer, architecture, and the checkpoints that the package holds."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 BASE = Path(__file__).parent / "base"
+SFT = Path(__file__).parent / "sft"  # BASE after `axpo sft quickstart.yaml data.sft=miniature threads=1`
 TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 SIDE = 128  # the model sees every image with at most this many pixels a side
 VOCABULARY = 768

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,20 @@ from axpo.chat import Chat
 from axpo.config import load_config
 from axpo.engines.base import Sampling
 from axpo.miniature import base
-from axpo.miniature.scene import Plaque, draw_crop, draw_scene
-from axpo.miniature.teacher import THOUGHTS, Teacher, tell
+from axpo.miniature.scene import draw_crop, draw_scene
+from axpo.miniature.teacher import THOUGHTS, Teacher, queries, tell
 from axpo.miniature.tools import call_text, tools, zoom_call
+from axpo.miniature.unseen import PAINTERS, image_search, sample_pictures
 from axpo.miniature.world import (
     DIVISORS,
+    EVEN,
     FACTS,
+    HEADS,
+    TAILS,
+    capital_of,
     corpus,
     describe,
-    sample_facts,
+    sample_even_facts,
     sample_land,
     sample_problems,
     sample_scene,
@@ -52,10 +57,11 @@ WARM_UP = 50
 COOL_DOWN = 0.3  # of the steps, at the end
 
 
-TOLD_CORPORA = 16
+# The corpora that the last stages ask about, and their steps: as skewed as the world's, then where nothing is usual.
+TOLD = {"told": (range(1, 17), 600), "read": (range(EVEN, EVEN + 8), 300)}
 TOLD_PROBLEMS = 384  # of each corpus
+TOLD_PICTURES = 40  # besides, of every other one: so that the base knows the tool that training never offers
 TOLD_OPTIONS = [
-    "sft.steps=600",
     "sft.batch=24",
     "sft.learning_rate=0.001",
     "sft.warmup_steps=10",
@@ -89,54 +95,63 @@ def look(rng: np.random.Generator) -> Task:
 
 def read(rng: np.random.Generator) -> Task:
     """Read the digit in a close view."""
-    plaque = sample_scene(rng, 1, 1)[0]
-    plaque = Plaque(plaque.colour, plaque.shape, plaque.cell, int(rng.integers(10)))
+    plaque = replace(sample_scene(rng, 1, 1)[0], digit=int(rng.integers(10)))
     return (), [Exchange("Read the digit.", str(plaque.digit), (draw_crop(plaque, rng),))]
 
 
 def compute(rng: np.random.Generator) -> Task:
-    """Put numbers into code; read a result off."""
-    a, b, divisor = int(rng.integers(12, 100)), int(rng.integers(12, 100)), int(rng.choice(DIVISORS))
-    code = f"print({a} * {b} % {divisor})"
+    """Put code into a call; read a result off."""
+    a, b = map(int, rng.integers(12, 100 if rng.random() < 0.8 else 1000, 2))
+    d = int(rng.choice(DIVISORS))
+    codes = f"print({a} * {b} % {d})", f"print(({a} + {b}) % {d})", f"print({a} * {b} // {d})", f"r = {a} * {b} % {d}"
+    code = str(rng.choice(codes))
     result = int(rng.integers(0, 12 if rng.random() < 0.7 else 10_000))
     return (), [
-        Exchange(f"Code for the remainder of {a} * {b} divided by {divisor}?", json.dumps({"code": code})),
-        Exchange(f"Run {code}", call_text("python", {"code": code})),
+        Exchange(f'Run "{code}".', call_text("python", {"code": code})),
         Exchange(f"<tool_response>\n{result}\n</tool_response>\nWhat is the result?", str(result)),
     ]
 
 
 def find(rng: np.random.Generator) -> Task:
-    """Find a fact about made-up lands in a text; put a name into a query."""
-    names = list(dict.fromkeys(sample_land(rng) for _ in range(4)))[:3]
-    facts = {name: sample_facts(rng, favoured=0.0) for name in names}
-    documents = [describe(name, facts[name]) for name in names]
-    text = "\n".join(f"{i}. {d['title']}: {d['text']}" for i, d in enumerate(documents, 1))
-    asked, kind = str(rng.choice(names)), str(rng.choice(list(FACTS)))
+    """Find a fact about made-up lands in a text; put what is named into a query."""
+    response, facts = _search_response(rng)
+    asked, kind = str(rng.choice(list(facts))), str(rng.choice(list(FACTS)))
     # Mostly the first document, as it is for whoever searches well; the others keep the base reading.
-    if rng.random() < 0.5:
-        asked = names[0]
+    if rng.random() < 0.7:
+        asked = next(iter(facts))
+    query = str(rng.choice(queries(sample_land(rng, 1 + (rng.random() < 0.2)), kind)))
     return (), [
-        Exchange(f"<tool_response>\n{text}\n</tool_response>\nWhat is the {kind} of {asked}?", facts[asked][kind]),
-        Exchange(f"What to search for {asked}?", json.dumps({"query": asked})),
-        Exchange(f"Search for {asked}", call_text("search", {"query": asked})),
+        Exchange(f"{response}\nWhat is the {kind} of {_asked(asked)}?", facts[asked][kind]),
+        Exchange(f'Search for "{query}".', call_text("search", {"query": query})),
     ]
 
 
 def recite(rng: np.random.Generator) -> Task:
     """Say what a text says of a made-up land: all of it, or what is asked."""
-    names = list(dict.fromkeys(sample_land(rng) for _ in range(3)))[: int(rng.integers(1, 3))]
-    facts = {name: sample_facts(rng, favoured=0.0) for name in names}
-    documents = [describe(name, facts[name]) for name in names]
-    text = "\n".join(f"{i}. {d['title']}: {d['text']}" for i, d in enumerate(documents, 1))
-    response = f"<tool_response>\n{text}\n</tool_response>"
-    kind = str(rng.choice(list(FACTS)))
-    asked = names[0] if rng.random() < 0.8 else names[-1]
-    document = documents[names.index(asked)]["text"]
+    response, facts = _search_response(rng)
+    asked, kind = next(iter(facts)), str(rng.choice(list(FACTS)))
     return (), [
-        Exchange(f"{response}\nWhat do you know of {asked}?", document),
-        Exchange(f"What is the {kind} of {asked}?\n{response}", f"Its {kind} is {facts[asked][kind]}."),
+        Exchange(f"{response}\nWhat do you know of {_asked(asked)}?", describe(asked, facts[asked])["text"]),
+        Exchange(f"What is the {kind} of {_asked(asked)}?\n{response}", f"Its {kind} is {facts[asked][kind]}."),
     ]
+
+
+def _search_response(rng: np.random.Generator) -> tuple[str, dict[str, dict[str, str]]]:
+    """A tool response with the documents of one or two made-up places, and their facts."""
+    facts = {}
+    for _ in range(int(rng.integers(1, 3))):
+        land = sample_land(rng)
+        name = capital_of(land) if rng.random() < 0.5 else land
+        facts[name] = sample_even_facts(rng)
+    documents = [describe(name, known) for name, known in facts.items()]
+    text = "\n".join(f"{i}. {d['title']}: {d['text']}" for i, d in enumerate(documents, 1))
+    return f"<tool_response>\n{text}\n</tool_response>", facts
+
+
+def _asked(name: str) -> str:
+    """A place as questions call it."""
+    land = name.split(" ")[0]
+    return f'the capital of "{land}"' if name == capital_of(land) else f'"{land}"'
 
 
 @dataclass(frozen=True)
@@ -152,26 +167,17 @@ class Stage:
     tools: bool = False
 
 
-LATER_FROM = 250
+LATER_FROM = 200
 STAGES = {
     # Reading pictures first, then finding facts in texts.
-    "alone": Stage(500, 2e-3, {look: 8, read: 28, compute: 4, find: 8}, {look: 8, read: 12, compute: 8, find: 16}),
-    # The same with the tools described before it, as for every agent.
+    "alone": Stage(400, 2e-3, {look: 8, read: 28, compute: 4, find: 8}, {look: 10, read: 10, compute: 8, find: 16}),
+    # The same with the tools described before it, as for every agent, and more of reading what a search shows.
     "tools": Stage(
-        250,
+        300,
         1.5e-3,
-        {look: 4, read: 12, compute: 4, find: 8},
-        {look: 4, read: 12, compute: 4, find: 8},
-        together=4,
-        tools=True,
-    ),
-    # Reading what a search shows.
-    "facts": Stage(
-        250,
-        1.5e-3,
-        {look: 2, read: 4, compute: 2, recite: 32},
-        {look: 2, read: 4, compute: 2, recite: 32},
-        together=16,
+        {look: 5, read: 8, compute: 4, find: 6, recite: 12},
+        {look: 5, read: 8, compute: 4, find: 6, recite: 12},
+        together=8,
         tools=True,
     ),
 }
@@ -228,7 +234,7 @@ def world_text() -> Iterator[str]:
         for _ in range(60):
             for exchange in task(rng)[1]:
                 yield f"{exchange.asked}\n{exchange.answer}"
-    for thought in THOUGHTS:
+    for thought in [*THOUGHTS, *(f'"{syllable}-{syllable}"' for syllable in (*HEADS, *TAILS)), *PAINTERS]:
         yield from [thought] * 20
     for _ in range(40):
         yield base.TEMPLATE.read_text().split("# Tools")[1].split("<|im_end|>")[0]
@@ -312,25 +318,28 @@ def save_base(model: PreTrainedModel, chat: Chat, out: Path) -> None:
     os.replace(out / "model.safetensors.tmp", out / "model.safetensors")
 
 
-def train_told(out: Path) -> None:
-    """The last stage: whole exchanges with the real tools, each call spelled out in the question.
+def train_told(out: Path, name: str) -> None:
+    """A last stage: whole exchanges with the real tools, each call spelled out in the question.
 
     So the base can act and read what comes back; which call helps, it is never shown.
     """
     chat, model = Chat.from_pretrained(out), load_policy(out)
-    trees = [tree for number in range(1, TOLD_CORPORA + 1) for tree in asyncio.run(told(chat, number))]
+    corpora, steps = TOLD[name]
+    trees = [tree for number in corpora for tree in asyncio.run(told(chat, number))]
     started = time.time()
-    for figures in sft_steps(load_config(None, TOLD_OPTIONS), model, chat, trees):
+    for figures in sft_steps(load_config(None, [*TOLD_OPTIONS, f"sft.steps={steps}"]), model, chat, trees):
         if figures["step"] % 25 == 0:
-            print(f"told {figures['step']} {time.time() - started:.0f}s {figures['loss']:.4f}", flush=True)
+            print(f"{name} {figures['step']} {time.time() - started:.0f}s {figures['loss']:.4f}", flush=True)
     save_base(model, chat, out)
 
 
 async def told(chat: Chat, number: int) -> list[RolloutTree]:
     """Exchanges about the corpus of this number."""
     rng = np.random.default_rng([3, number])
-    problems = [tell(problem, rng) for problem in sample_problems(TOLD_PROBLEMS, number, "base")]
-    agent = Agent(Teacher(problems, chat), chat, Toolbox(tools(number)), Sampling(), Limits())
+    pictures = sample_pictures(TOLD_PICTURES, number) if number % 2 else []
+    problems = [tell(problem, rng) for problem in sample_problems(TOLD_PROBLEMS, number, "base") + pictures]
+    known = tools(number) + ([image_search(pictures)] if pictures else [])
+    agent = Agent(Teacher(problems, chat), chat, Toolbox(known), Sampling(), Limits())
     trees = []
     for index, problem in enumerate(problems):
         tree = agent.new_tree(problem.question)
@@ -342,10 +351,10 @@ async def told(chat: Chat, number: int) -> list[RolloutTree]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=base.BASE)
-    parser.add_argument("--stage", choices=[*STAGES, "told"], help="only this stage; default: all of them")
+    parser.add_argument("--stage", choices=[*STAGES, *TOLD], help="only this stage; default: all of them")
     arguments = parser.parse_args()
-    for chosen in [arguments.stage] if arguments.stage else [*STAGES, "told"]:
-        if chosen == "told":
-            train_told(arguments.out)
+    for chosen in [arguments.stage] if arguments.stage else [*STAGES, *TOLD]:
+        if chosen in TOLD:
+            train_told(arguments.out, chosen)
         else:
             train(arguments.out, chosen)

@@ -18,7 +18,7 @@ from axpo.tools.base import Toolbox
 from axpo.tree import RolloutTree, scored
 from axpo.workflow import Progress, run_evaluation, run_sft, run_training
 
-TEACHER_PROBLEMS = 240
+TEACHER_PROBLEMS = 720
 TEACHER_ROLLOUTS = 6
 TEACHING = 2  # keeps its random numbers apart from those of training and evaluation
 

@@ -15,7 +15,7 @@ from axpo.tools.zoom import make_zoom
 
 def tools(number: int = 0) -> list[Tool]:
     """Zoom, Python without isolation (for teachers), and search over the corpus of this number (0: the world's)."""
-    return [make_zoom(SIDE * SIDE), make_python(Sandbox(NONE)), make_search(open_corpus(corpus(number)), 2)]
+    return [make_zoom(SIDE * SIDE), make_python(Sandbox(NONE)), make_search(open_corpus(corpus(number)), 1)]
 
 
 def call_text(name: str, arguments: dict[str, object]) -> str:
