@@ -9,10 +9,12 @@ search settles; of these also the share of rollouts that call it. What has been 
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import DEVNULL
 
 from axpo.comparison.bootstrap import METHOD, estimate
 from axpo.miniature import unseen
@@ -25,15 +27,17 @@ Figures = dict[str, float]
 
 def evaluate(cell: Path, split: str, questions: Path) -> Figures:
     """The figures of one policy on one split."""
-    out = cell.parent.parent.parent / "further" / split / cell.parent.name / cell.name
-    if not (out / "summary.json").is_file():
-        overrides = [f"output={out}", f"data.eval={questions / f'{split}.jsonl'}", "eval.questions=0", "threads=1"]
+    out = cell / split
+    if not out.is_dir():
+        overrides = [f"data.eval={questions / f'{split}.jsonl'}", "eval.questions=0", "threads=1"]
         if split == "unseen":
             overrides += [
-                "eval.tools=[zoom, python, search, image_search]",
+                "eval.tools=[image_search]",
                 f"tools.image_search={{table: {questions / 'table.jsonl'}}}",
             ]
-        subprocess.run([sys.executable, "-m", "axpo", "eval", str(cell), *overrides], check=True, capture_output=True)
+        shutil.rmtree(cell / "eval", ignore_errors=True)  # of an evaluation that was cut short
+        subprocess.run([sys.executable, "-m", "axpo", "eval", str(cell), *overrides], check=True, stdout=DEVNULL)
+        (cell / "eval").rename(out)
     (summary,) = json.loads((out / "summary.json").read_text()).values()
     figures = {key: summary[key] for key in ("pass1", "pass4", "tool_use")}
     if split == "unseen":

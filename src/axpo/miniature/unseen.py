@@ -3,7 +3,7 @@
     python -m axpo.miniature.unseen FOLDER
 
 writes `unseen.jsonl`, for `data.eval`, and `table.jsonl`, for `tools.image_search={table: FILE}`; the tool is offered
-with `eval.tools=[zoom, python, search, image_search]`. And `far.jsonl`, the questions far from training (world.py).
+with `eval.tools=[image_search]`. And `far.jsonl`, the questions far from training (world.py).
 """
 
 import argparse
