@@ -1,6 +1,7 @@
 """Every benchmark runs at a tiny size and writes what it promises. What it measures here means nothing."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -215,3 +216,33 @@ def test_ratios_of_a_step_are_round_by_round(monkeypatch: pytest.MonkeyPatch) ->
     assert found["update_over_trl"] == pytest.approx(3 / 19)
     assert found["peak_memory_over_trl"] == pytest.approx(0.2)
     assert found["spread"]["peak_memory_over_trl"] == {"median": pytest.approx(0.2), "min": 0.1, "max": 0.3}
+
+
+def test_further_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two policies of a comparison, asked far questions and offered a tool that training never had; once."""
+    import further
+    from commands import succeed
+
+    from axpo.miniature import unseen
+
+    monkeypatch.setattr(unseen, "COUNT", 2)
+    monkeypatch.setattr(further, "METHODS", ("sft", "axpo"))
+    cells = tmp_path / "cells"
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "model: miniature_sft\nthreads: 1\nmax_pixels: 16384\ndata: {train: miniature, eval: miniature}\n"
+        "tools: {names: [zoom, python, search], corpus: miniature, zoom_pixels: 16384, search_results: 1}\n"
+        "rollout: {max_turns: 3, max_tokens: 96, max_context: 1100, max_images: 4}\n"
+        "train: {steps: 0}\neval: {questions: 1}\n"
+    )
+    succeed("train", config, f"output={cells / 'sft' / 'seed_1'}")
+    shutil.copytree(cells / "sft", cells / "axpo")
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["further.py", str(tmp_path), str(tmp_path / "further.json")])
+        further.main()
+        monkeypatch.setattr(further.subprocess, "run", None)  # the second time nothing is left to run
+    found = json.loads((tmp_path / "further.json").read_text())
+    assert found["unseen"]["methods"]["sft"]["seeds"] == 1
+    assert {"pass1", "pass4", "tool_use", "image_search"} < set(found["unseen"]["methods"]["axpo"])
+    for split in ("far", "unseen"):
+        assert found[split]["pairs"]["axpo_minus_sft"]["pass1"]["mean"] == 0  # the same policy
