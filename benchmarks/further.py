@@ -5,6 +5,8 @@
 For each of the methods and seeds that have ended in a comparison of the miniature, Pass@1, Pass@4 and tool use on 90
 far questions (smaller plaques, longer numbers, longer names) and on 90 questions about pictures that only an image
 search settles; of these also the share of rollouts that call it. What has been evaluated is not evaluated again.
+Beside them, what a guess is worth there and on the held-out questions of the comparison: how often the usual value is
+right, and either of the two common ones.
 """
 
 import argparse
@@ -13,11 +15,15 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
-from subprocess import DEVNULL
 
+from axpo.build import HELD_OUT_SEED
+from axpo.comparison.aggregate import as_text
 from axpo.comparison.bootstrap import METHOD, estimate
 from axpo.miniature import unseen
+from axpo.miniature.world import Problem, sample_problems
+from axpo.run import run_status
 from axpo.storage import load_trees
 
 METHODS = ("sft", "grpo", "grpo2x", "axpo")
@@ -25,18 +31,20 @@ SPLITS = ("far", "unseen")
 Figures = dict[str, float]
 
 
-def evaluate(cell: Path, split: str, questions: Path) -> Figures:
-    """The figures of one policy on one split."""
+def evaluate(cell: Path, questions: Path) -> dict[str, Figures]:
+    """The figures of one policy on each split."""
+    return {split: _evaluate(cell, split, questions) for split in SPLITS}
+
+
+def _evaluate(cell: Path, split: str, questions: Path) -> Figures:
     out = cell / split
     if not out.is_dir():
         overrides = [f"data.eval={questions / f'{split}.jsonl'}", "eval.questions=0", "threads=1"]
         if split == "unseen":
-            overrides += [
-                "eval.tools=[image_search]",
-                f"tools.image_search={{table: {questions / 'table.jsonl'}}}",
-            ]
+            overrides += ["eval.tools=[image_search]", f"tools.image_search={{table: {questions / 'table.jsonl'}}}"]
         shutil.rmtree(cell / "eval", ignore_errors=True)  # of an evaluation that was cut short
-        subprocess.run([sys.executable, "-m", "axpo", "eval", str(cell), *overrides], check=True, stdout=DEVNULL)
+        command = [sys.executable, "-m", "axpo", "eval", str(cell), *overrides]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         (cell / "eval").rename(out)
     (summary,) = json.loads((out / "summary.json").read_text()).values()
     figures = {key: summary[key] for key in ("pass1", "pass4", "tool_use")}
@@ -48,48 +56,60 @@ def evaluate(cell: Path, split: str, questions: Path) -> Figures:
     return figures
 
 
+def guesses(problems: list[Problem]) -> Figures:
+    """How often the usual value is the answer, and how often one of the two common ones."""
+    answers = [(problem.guesses, str(problem.question.answer)) for problem in problems]
+    ranks = [common.index(answer) if answer in common else 2 for common, answer in answers]
+    return {"usual": ranks.count(0) / len(ranks), "common": 1 - ranks.count(2) / len(ranks)}
+
+
+def summarise(found: dict[str, dict[str, Figures]]) -> dict[str, object]:
+    """Means and intervals of each method, of figures by seed, and of AXPO's differences on the same seeds."""
+
+    def means(seeds: list[Figures]) -> dict[str, object]:
+        return {key: estimate([figures[key] for figures in seeds]) for key in (seeds[0] if seeds else ())}
+
+    axpo = found["axpo"]
+    pairs = {
+        f"axpo_minus_{method}": means(
+            [{key: axpo[s][key] - seeds[s][key] for key in axpo[s]} for s in sorted(seeds.keys() & axpo.keys())]
+        )
+        for method, seeds in found.items()
+        if method != "axpo"
+    }
+    methods = {m: {"seeds": len(seeds), **means([seeds[s] for s in sorted(seeds)])} for m, seeds in found.items()}
+    return {"methods": methods, "pairs": pairs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("comparison", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    questions = arguments.comparison / "further" / "questions"
+    questions = arguments.comparison / "questions"
     unseen.write(questions)
-    ended = [
-        (method, cell)
+    cells = [
+        cell
         for method in METHODS
         for cell in sorted((arguments.comparison / "cells" / method).glob("seed_*"))
-        if (cell / "summary.json").is_file()
+        if run_status(cell)["ended"]
     ]
-    found: dict[str, dict[str, dict[str, Figures]]] = {split: {method: {} for method in METHODS} for split in SPLITS}
     with ThreadPoolExecutor(2) as pool:
-        tasks = [(split, method, cell) for split in SPLITS for method, cell in ended]
-        for (split, method, cell), figures in zip(
-            tasks, pool.map(lambda task: evaluate(task[2], task[0], questions), tasks), strict=True
-        ):
-            found[split][method][cell.name] = figures
-    arguments.out.write_text(json.dumps({"interval": METHOD, **{s: summarise(found[s]) for s in SPLITS}}, indent=1))
-
-
-def summarise(found: dict[str, dict[str, Figures]]) -> dict[str, object]:
-    """Means and intervals of each method, and of AXPO's differences on the same seeds."""
-    keys = list(next(iter(found["axpo"].values())))
-    return {
-        "methods": {
-            method: {"seeds": len(seeds), **{key: estimate([seeds[s][key] for s in sorted(seeds)]) for key in keys}}
-            for method, seeds in found.items()
-        },
-        "pairs": {
-            f"axpo_minus_{method}": {
-                key: estimate(
-                    [found["axpo"][s][key] - seeds[s][key] for s in sorted(seeds.keys() & found["axpo"].keys())]
-                )
-                for key in keys
-            }
-            for method, seeds in found.items()
-            if method != "axpo"
-        },
+        figures = dict(zip(cells, pool.map(evaluate, cells, [questions] * len(cells)), strict=True))
+    found: dict[str, dict[str, dict[str, Figures]]] = {split: {method: {} for method in METHODS} for split in SPLITS}
+    for cell, split in product(cells, SPLITS):
+        found[split][cell.parent.name][cell.name] = figures[cell][split]
+    problems = {
+        "held_out": sample_problems(150, HELD_OUT_SEED, "held_out"),
+        "far": sample_problems(unseen.COUNT, unseen.FAR_SEED, "far"),
+        "unseen": unseen.sample_pictures(unseen.COUNT, 0),
     }
+    result = {
+        "interval": METHOD,
+        "guesses": {name: guesses(asked) for name, asked in problems.items()},
+        **{split: summarise(found[split]) for split in SPLITS},
+    }
+    arguments.out.write_text(as_text(result, 4))
 
 
 if __name__ == "__main__":

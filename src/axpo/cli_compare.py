@@ -24,16 +24,21 @@ def compare(
     lays the table beside the paper's. Exits with 1 where a run failed.
     """
     with command():
-        from axpo.comparison.cells import has_ended, output_of, parallel, run_cells
+        from axpo.comparison.cells import GRID_COPY, has_ended, output_of, parallel, run_cells
         from axpo.comparison.display import TerminalDisplay
         from axpo.comparison.grid import cells_of, load_grid
         from axpo.comparison.report import write_report
+        from axpo.config import ConfigError
 
         grid = load_grid(grid_file)
         cells = cells_of(grid)
         failures = []
-        with output_of(grid, grid_file):
-            if not report:
+        if report:  # also while another process runs the cells
+            if not (grid.output / GRID_COPY).is_file():
+                raise ConfigError(f"output: {grid.output} holds no comparison to report on")
+            summary = write_report(grid, cells)
+        else:
+            with output_of(grid, grid_file):
                 try:
                     with TerminalDisplay(cells, sum(map(has_ended, cells)), parallel(grid, cells)) as display:
                         failures = asyncio.run(run_cells(grid, cells, display))
@@ -41,7 +46,7 @@ def compare(
                     done = sum(map(has_ended, cells))
                     typer.echo(f"interrupted: {done} of {len(cells)} runs are done; the same command goes on", err=True)
                     raise typer.Exit(130) from None
-            summary = write_report(grid, cells)
+                summary = write_report(grid, cells)
         console = Console()
         console.print(_table(summary), width=min(WIDTH, console.width))
         finished, wanted = summary["cells"]["finished"], summary["cells"]["all"]

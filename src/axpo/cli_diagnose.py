@@ -26,7 +26,7 @@ from axpo.cli_shared import (
     shown,
 )
 from axpo.config import MINIATURE, MINIATURE_SFT, Config, ConfigError, load_config
-from axpo.progress import NOTHING, WIDTH, TerminalProgress
+from axpo.progress import NOTHING, WIDTH, TerminalProgress, percent
 
 OUTPUT = Path("runs/diagnose")  # of a policy that is no run
 
@@ -88,6 +88,8 @@ def diagnose(
             run.end()
         console = Console()
         console.print(_table(found, continuations), width=min(WIDTH, console.width))
+        if len(found["families"]) > 1:
+            console.print(_families(found["families"]), width=min(WIDTH, console.width))
         for line in _remarks(found):
             typer.echo(textwrap.fill(line, WIDTH))
         typer.echo(f"written to {shown(run.folder)}")
@@ -139,35 +141,40 @@ def _table(found: Mapping[str, Any], continuations: int) -> Table:
     rollouts, calls = f"{found['decided']} rollouts", f"{found['calls']} calls"
     prefixes, questions = f"{found['measured']} prefixes", f"{found['questions_measured']} questions"
     table.add_row("Under-attempt")
-    table.add_row("  rollouts that call a tool", _percent(found["tool_use"]), rollouts, "20-35%")
+    table.add_row("  rollouts that call a tool", percent(found["tool_use"]), rollouts, "20-35%")
     table.add_row("Accuracy")
-    table.add_row("  rollouts with a tool call", _percent(found["accuracy_tool"]))
-    table.add_row("  without", _percent(found["accuracy_no_tool"]))
+    table.add_row("  rollouts with a tool call", percent(found["accuracy_tool"]))
+    table.add_row("  without", percent(found["accuracy_no_tool"]))
     table.add_row("All wrong")
     for key, name, paper in (("tool", "with a tool call", "40%"), ("no_tool", "without", "25%")):
         counted = f"{found[f'questions_{key}']} questions"
-        table.add_row(f"  questions, {name}", _percent(found[f"all_wrong_{key}"]), counted, paper)
+        table.add_row(f"  questions, {name}", percent(found[f"all_wrong_{key}"]), counted, paper)
     table.add_row("Divergence")
     table.add_row(f"  clusters of {continuations} continuations", _number(found["clusters"], 1), prefixes, "2.9-3.4")
-    table.add_row("  collapsed into one cluster", _percent(found["collapsed"]), prefixes, "30%")
-    table.add_row("  recovered", _percent(found["recovered"]), prefixes, NOTHING)
-    table.add_row("  recovered", _percent(found["recovered_questions"]), questions, "15%")
+    table.add_row("  collapsed into one cluster", percent(found["collapsed"]), prefixes, "30%")
+    table.add_row("  recovered", percent(found["recovered"]), prefixes, NOTHING)
+    table.add_row("  recovered", percent(found["recovered_questions"]), questions, "15%")
     table.add_row("Uncertainty (1 − confidence) and entropy")
     table.add_row("  Pearson correlation", _number(found["pearson"], 3), calls, "0.843")
     table.add_row("  Spearman correlation", _number(found["spearman"], 3), calls, "0.835")
     return table
 
 
+def _families(families: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The same of each family of questions."""
+    table = Table(title="Rollouts that call a tool, those that are right, and questions all wrong")
+    table.add_column("family")
+    for title in ("calls", "right with", "without", "all wrong with", "without"):
+        table.add_column(title, justify="right")
+    for family, shares in families.items():
+        keys = ("tool_use", "accuracy_tool", "accuracy_no_tool", "all_wrong_tool", "all_wrong_no_tool")
+        table.add_row(family, *(percent(shares[key]) for key in keys))
+    return table
+
+
 def _remarks(found: Mapping[str, Any]) -> list[str]:
     """What the table does not tell."""
     remarks = []
-    if len(found["families"]) > 1:
-        for family, shares in found["families"].items():
-            with_call, without = (
-                f"{_percent(shares[f'accuracy_{part}'])} right, {_percent(shares[f'all_wrong_{part}'])} all wrong"
-                for part in ("tool", "no_tool")
-            )
-            remarks.append(f"{family}: tool use {_percent(shares['tool_use'])}; with {with_call}; without {without}")
     if found["continued"] < found["failed"]:
         remarks.append(f"{found['continued']} of {found['failed']} failed prefixes were continued (--prefixes)")
     if not found["calls"]:
@@ -188,11 +195,7 @@ def _remarks(found: Mapping[str, Any]) -> list[str]:
 
 def _share(coverage: Mapping[str, Any], name: str) -> str:
     error = coverage[f"{name}_error"]
-    return _percent(coverage[name]) + ("" if error is None else f" ± {100 * error:.1f}")
-
-
-def _percent(share: float | None) -> str:
-    return NOTHING if share is None else f"{100 * share:.1f}%"
+    return percent(coverage[name]) + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _number(value: float | None, decimals: int) -> str:

@@ -242,6 +242,8 @@ def test_further_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         further.main()
         monkeypatch.setattr(further.subprocess, "run", None)  # the second time nothing is left to run
     found = json.loads((tmp_path / "further.json").read_text())
+    assert set(found["guesses"]) == {"held_out", "far", "unseen"}
+    assert 0.5 < found["guesses"]["held_out"]["usual"] < 0.7 < found["guesses"]["held_out"]["common"] < 0.9
     assert found["unseen"]["methods"]["sft"]["seeds"] == 1
     assert {"pass1", "pass4", "tool_use", "image_search"} < set(found["unseen"]["methods"]["axpo"])
     for split in ("far", "unseen"):

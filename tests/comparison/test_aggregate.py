@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from axpo.comparison import paper
-from axpo.comparison.aggregate import summarise
+from axpo.comparison.aggregate import as_text, summarise
 from axpo.comparison.grid import Grid, cells_of, load_grid
 from axpo.comparison.page import Heading, Paragraph, Picture, Table, to_html, to_markdown
 from axpo.comparison.paper import row_of
-from axpo.comparison.plots import curve, dynamic, plot_dynamics, plot_learning, smooth
+from axpo.comparison.plots import curve, dynamic, plot_differences, plot_dynamics, plot_learning, smooth
 from axpo.comparison.report import beside_paper, verdict
 from axpo.config import load_config
 
@@ -110,6 +110,8 @@ def test_nothing_yet(grid: Grid) -> None:
         ((-0.1, -0.25, 0.0), 2.0, "open (other sign)"),
         ((0.1, None, None), 2.0, "open, too few seeds (same sign)"),
         ((None, None, None), 2.0, "no figures yet"),
+        ((0.1, 0.05, 0.2), -0.1, "paper: level; here above"),
+        ((0.1, -0.05, 0.2), 0.1, "paper: level; here open"),
     ],
 )
 def test_the_order_is_told_only_where_the_interval_is_clear_of_0(
@@ -124,8 +126,12 @@ def test_rows_beside_the_paper(grid: Grid) -> None:
     assert "| SFT+AXPO − SFT+GRPO, Pass@1 | +2.0 | +10.0 [+10.0, +10.0] | same order |" in text
     said = "| SFT+AXPO − no uncertainty rank (random), Pass@4 | +4.4 | -25.0 | open, too few seeds (other sign) |"
     assert said in text
-    assert "| resampled prefixes that are recovered | 12% | 58.3% [58.3, 58.3] |  |" in text  # of 1/2, 1/4 and 4/4
+    assert (
+        "| resampled prefixes that are recovered | 12% | 58.3% [58.3, 58.3] | a size, no order |" in text
+    )  # of 1/2, 1/4 and 4/4
     assert "| all wrong with a tool, AXPO − GRPO, last tenth | -17 | -5.0 [-5.0, -5.0] | same order |" in text
+    # GRPO's three curves begin at 0.2 and end at 0.15, 0.4 and 0.65.
+    assert "| tool use, last less first tenth of GRPO's steps | stagnates | +20.0 [-5.0, +45.0] | stagnates |" in text
     assert "Rows of the paper that this grid does not have: no prefix fix" in text
 
 
@@ -162,6 +168,19 @@ def test_plots_of_whatever_there_is(tmp_path: Path) -> None:
         plot_learning(results, ["axpo", "grpo", "random"], tmp_path / f"{name}_learning.png")
     assert len({path.read_bytes()[:8] for path in tmp_path.iterdir()}) == 1
     assert (tmp_path / "some.png").stat().st_size > 1.5 * (tmp_path / "none.png").stat().st_size
+
+
+def test_plot_of_differences(grid: Grid, tmp_path: Path) -> None:
+    plot_differences(summarise(grid, cells_of(grid), RESULTS)["pairs"], tmp_path / "some.png")
+    plot_differences({}, tmp_path / "none.png")
+    assert [path.name for path in tmp_path.glob("*.png")] == ["some.png"]
+
+
+def test_json_has_a_line_for_each_entry_of_the_outer_levels() -> None:
+    data = {"a": {"b": [1, {"c": None}], "d": {}}, "e": [{"f": 1}, 2]}
+    text = as_text(data, 2)
+    assert text == '{\n "a": {\n  "b": [1, {"c": null}],\n  "d": {}\n },\n "e": [\n  {"f": 1},\n  2\n ]\n}\n'
+    assert json.loads(text) == data
 
 
 def test_a_page_in_both_forms() -> None:

@@ -71,6 +71,7 @@ def test_a_grid_is_interrupted_killed_and_goes_on(tmp_path: Path) -> None:
     second = compare(grid)
     assert second.exit_code == 2
     assert "is in use by another axpo compare" in second.stderr
+    assert compare(grid, "--report").exit_code == 0
     until(lambda: metrics(cells / "axpo" / "seed_1"))
     first.send_signal(signal.SIGINT)
     output, errors = first.communicate(timeout=60)
@@ -111,6 +112,7 @@ def test_a_grid_is_interrupted_killed_and_goes_on(tmp_path: Path) -> None:
     assert set(summary["pairs"]["axpo_minus_grpo"]["pass1"]) == {"mean", "low", "high"}
     assert list(summary["families"]) == ["lookup"]
     written = {"summary.json", "results.json", "table.md", "page.md", "page.html", "dynamics.png", "learning.png"}
+    written.add("differences.png")
     assert written <= {path.name for path in (tmp_path / "out").iterdir()}
 
     again = time.monotonic()
@@ -128,6 +130,13 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     assert "failed: bad seed 1: exit code 2: " in result.stderr
     assert "bad.jsonl, line 1: the answer is missing" in result.stderr
     assert (tmp_path / "out" / "logs" / "bad-seed-1.log").is_file()
+
+
+def test_there_must_be_something_to_report_on(tmp_path: Path) -> None:
+    result = compare(write(tmp_path), "--report")
+    assert result.exit_code == 2
+    assert f"output: {tmp_path}/out holds no comparison to report on" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_another_has_made_is_left_alone(tmp_path: Path) -> None:

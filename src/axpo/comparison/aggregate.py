@@ -70,13 +70,13 @@ def summarise(grid: Grid, cells: Sequence[Cell], results: Sequence[Result]) -> d
         "cells": {"finished": len(results), "all": len(wanted)},
         "interval": METHOD,
         "methods": {
-            name: {"seeds": len(found), **{key: over_seeds(found, _getter(key)) for key in keys}}
+            name: {"seeds": len(found), **{key: over_seeds(found, getter(key)) for key in keys}}
             for name, found in by_seed.items()
         },
         "pairs": {
             f"{a}_minus_{b}": {
                 "seeds": len(by_seed[a].keys() & by_seed[b].keys()),
-                **{key: difference(by_seed[a], by_seed[b], _getter(key)) for key in keys},
+                **{key: difference(by_seed[a], by_seed[b], getter(key)) for key in keys},
             }
             for a, b in grid.compared
         },
@@ -106,7 +106,9 @@ def difference(
     return estimate(differences)
 
 
-def _getter(key: str) -> Callable[[Result], float | None]:
+def getter(key: str) -> Callable[[Result], float | None]:
+    """Takes a figure of the last evaluation, or what was spent, from a result."""
+
     def get(result: Result) -> float | None:
         found: float | None = result["spent" if key in SPENT else "evaluation"].get(key)
         return found
@@ -118,6 +120,19 @@ def _by_seed(results: Sequence[Result], name: str) -> dict[int, Result]:
     return {result["seed"]: result for result in results if result["method"] == name}
 
 
-def as_text(data: Any) -> str:
-    """JSON, a line for each entry of the outer levels."""
-    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+def as_text(data: Any, levels: int) -> str:
+    """JSON in which so many outer levels have a line for each entry, and what lies deeper stands on one line."""
+    return _lines(data, levels, "") + "\n"
+
+
+def _lines(data: Any, levels: int, margin: str) -> str:
+    if not levels or not data or not isinstance(data, dict | list):
+        return json.dumps(data, ensure_ascii=False)
+    inner = margin + " "
+    if isinstance(data, dict):
+        entries = [f"{json.dumps(key)}: {_lines(value, levels - 1, inner)}" for key, value in data.items()]
+        first, last = "{}"
+    else:
+        entries = [_lines(value, levels - 1, inner) for value in data]
+        first, last = "[]"
+    return f"{first}\n{inner}" + f",\n{inner}".join(entries) + f"\n{margin}{last}"

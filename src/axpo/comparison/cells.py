@@ -18,6 +18,7 @@ from axpo.comparison.grid import Cell, Grid
 from axpo.config import ConfigError, save_config
 from axpo.run import run_status
 
+GRID_COPY = "grid.yaml"  # by which an output is known as that of a comparison
 GRACE = 120.0  # seconds in which an interrupted cell may save its checkpoint
 
 
@@ -54,27 +55,26 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def output_of(grid: Grid, path: Path) -> Iterator[None]:
-    """Make the output, with a copy of the grid file, and keep it to this process.
+    """Make the output, keep it to this process, and put a copy of the grid file there.
 
     Raises ConfigError where it holds something else, or another process compares there.
     """
-    copy = grid.output / "grid.yaml"
-    try:
-        grid.output.mkdir(parents=True, exist_ok=True)
-        if not copy.exists() and any(grid.output.iterdir()):
-            raise ConfigError(f"output: {grid.output} is not empty and holds no comparison; must be a new folder")
-        if not (copy.exists() and copy.samefile(path)):
-            shutil.copyfile(path, copy)
-    except OSError as error:
-        raise ConfigError(f"output: {grid.output} cannot be written: {error.strerror}") from error
-    folder = os.open(grid.output, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    copy = grid.output / GRID_COPY
+    with contextlib.ExitStack() as held:
+        try:
+            grid.output.mkdir(parents=True, exist_ok=True)
+            if not copy.exists() and any(grid.output.iterdir()):
+                raise ConfigError(f"output: {grid.output} is not empty and holds no comparison; must be a new folder")
+            folder = os.open(grid.output, os.O_RDONLY)
+            held.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (copy.exists() and copy.samefile(path)):
+                shutil.copyfile(path, copy)
+        except BlockingIOError:
+            raise ConfigError(f"output: {grid.output} is in use by another axpo compare") from None
+        except OSError as error:
+            raise ConfigError(f"output: {grid.output} cannot be written: {error.strerror}") from error
         yield
-    except BlockingIOError:
-        raise ConfigError(f"output: {grid.output} is in use by another axpo compare") from None
-    finally:
-        os.close(folder)
 
 
 def parallel(grid: Grid, cells: Sequence[Cell]) -> int:

@@ -1,6 +1,6 @@
 """Curves over training steps: what happens in training, as the paper's plots of its dynamics, and what is learnt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,30 @@ def plot_learning(results: Sequence[Result], methods: Sequence[str], path: Path)
                 drawn = True
                 _draw(axes, np.array(steps), values, name, COLOURS[place], "o")
         _finish(axes, title, "training steps", drawn)
+    figure.savefig(path, dpi=_DPI)
+
+
+def plot_differences(pairs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Write a PNG of the differences of all pairs, of a summary, in Pass@1 and Pass@k: means with 95% intervals."""
+    keys = [key for key in next(iter(pairs.values()), {}) if key.startswith("pass")]
+    if not keys:
+        return
+    names = [name.replace("_minus_", " − ") for name in pairs]
+    figure = Figure(figsize=(9.6, 1.4 + 0.32 * len(pairs)), layout="constrained")
+    for axes, key in zip(np.atleast_1d(figure.subplots(1, len(keys), sharey=True)), keys, strict=True):
+        axes.axvline(0, color="#6b7280", linewidth=0.8)
+        for place, entry in enumerate(pairs.values()):
+            mean, low, high = (entry[key][part] for part in ("mean", "low", "high"))
+            if mean is not None:
+                axes.plot(100 * mean, place, "o", color=COLOURS[0], markersize=5)
+            if low is not None and high is not None:
+                axes.hlines(place, 100 * low, 100 * high, color=COLOURS[0], linewidth=1.5)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title(f"Pass@{key.removeprefix('pass')}", fontsize="medium")
+        axes.set_xlabel("points")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Held-out, paired on the same seeds: means and 95% intervals", fontsize="medium")
     figure.savefig(path, dpi=_DPI)
 
 

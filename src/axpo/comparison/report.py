@@ -1,6 +1,8 @@
 """Writes what a comparison found: summary.json, results.json, table.md, plots, and the page beside the paper."""
 
+import os
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +15,7 @@ from axpo.comparison.aggregate import (
     Result,
     as_text,
     difference,
+    getter,
     over_seeds,
     results_of,
     summarise,
@@ -20,9 +23,9 @@ from axpo.comparison.aggregate import (
 from axpo.comparison.grid import START, Cell, Grid
 from axpo.comparison.page import Block, Heading, Paragraph, Picture, Table, to_html, to_markdown
 from axpo.comparison.paper import Row, row_of
-from axpo.comparison.plots import dynamic, plot_dynamics, plot_learning
+from axpo.comparison.plots import dynamic, plot_differences, plot_dynamics, plot_learning
+from axpo.progress import NOTHING
 
-NOTHING = "–"
 TITLES = {
     "tool_use": "tool use",
     "all_wrong_tool": "all wrong, with tool",
@@ -32,6 +35,7 @@ TITLES = {
     "generated_tokens": "generated tokens",
     "trained_tokens": "trained tokens",
 }
+LEVEL = 0.5  # points; smaller differences of the paper, which gives no intervals, are none
 TAIL = 0.1  # the share of the training steps that counts as its beginning, and as its end
 
 
@@ -42,19 +46,21 @@ def write_report(grid: Grid, cells: Sequence[Cell]) -> dict[str, Any]:
     names = [START, *grid.methods]
     plot_dynamics(results, list(grid.methods), grid.output / "dynamics.png")
     plot_learning(results, list(grid.methods), grid.output / "learning.png")
+    plot_differences(summary["pairs"], grid.output / "differences.png")
     tables = _tables(summary, names)
     blocks = [
         Heading("Comparison of methods"),
         Paragraph(_told(summary)),
         *tables,
+        *([Picture("differences.png", "Differences on the same seeds with their intervals")] if grid.compared else []),
         Heading("Training"),
         Picture("dynamics.png", "Tool use, all-wrong rate, recovered prefixes and accuracy over training steps"),
         Picture("learning.png", "Held-out Pass@1 and tool use over training steps"),
         *beside_paper(cells, results),
     ]
     for name, text in (
-        ("summary.json", as_text(summary)),
-        ("results.json", as_text({"versions": _versions(), "cells": results})),
+        ("summary.json", as_text(summary, 3)),
+        ("results.json", as_text({"versions": _versions(), "cells": results}, 2)),
         ("table.md", to_markdown([Heading("Methods"), Paragraph(_told(summary)), *tables])),
         ("page.md", to_markdown(blocks)),
         ("page.html", to_html(blocks)),
@@ -70,8 +76,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    return {"python": platform.python_version(), "machine": platform.platform(), **packages}
+    """Of the machine that reports."""
+    packages = {name: version(name) for name in ("axpo", "torch", "transformers", "numpy")}
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else []
+    machine = f"{platform.platform()}, {names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return {"python": platform.python_version(), "machine": machine, **packages}
 
 
 def _told(summary: Mapping[str, Any]) -> str:
@@ -157,25 +167,31 @@ def beside_paper(cells: Sequence[Cell], results: Sequence[Result]) -> list[Block
 
 
 def _compared(first: Mapping[int, Result], second: Mapping[int, Result], key: str, theirs: float) -> list[str]:
-    def get(result: Result) -> float | None:
-        share: float | None = result["evaluation"].get(key)
-        return share
-
-    ours = difference(first, second, get)
+    ours = difference(first, second, getter(key))
     return [f"{theirs:+.1f}", _points(ours), verdict(ours, theirs)]
 
 
 def verdict(ours: Estimate, theirs: float) -> str:
-    """Whether a difference has the sign of the paper's, in words."""
+    """Whether a difference has the sign of the paper's (in points), in words."""
     mean, low, high = ours["mean"], ours["low"], ours["high"]
     if mean is None:
         return "no figures yet"
+    if abs(theirs) < LEVEL:
+        return f"paper: level; here {_direction(ours, 'open', 'below', 'above')}"
     sign = "same sign" if mean * theirs > 0 else "no difference" if mean == 0 else "other sign"
     if low is None or high is None:
         return f"open, too few seeds ({sign})"
     if low <= 0 <= high:
         return f"open ({sign})"
     return "same order" if mean * theirs > 0 else "OTHER ORDER"
+
+
+def _direction(ours: Estimate, level: str, below: str, above: str) -> str:
+    """Where the interval stands to 0, in the words given."""
+    low, high = ours["low"], ours["high"]
+    if low is None or high is None or low <= 0 <= high:
+        return level
+    return below if high < 0 else above
 
 
 def _dynamics(axpo: Mapping[int, Result] | None, grpo: Mapping[int, Result] | None) -> list[list[str]]:
@@ -190,7 +206,7 @@ def _dynamics(axpo: Mapping[int, Result] | None, grpo: Mapping[int, Result] | No
     for name, found, theirs in (("AXPO", axpo, paper.TOOL_USE_GAIN), ("GRPO", grpo, None)):
         if found:
             ours = over_seeds(found, rise)
-            told = "" if theirs is None else verdict(ours, theirs)
+            told = _direction(ours, "stagnates", "falls", "rises") if theirs is None else verdict(ours, theirs)
             there = "stagnates" if theirs is None else f"{theirs:+.0f}"
             rows.append([f"tool use, last less first tenth of {name}'s steps", there, _points(ours), told])
     if axpo and grpo:
@@ -200,7 +216,9 @@ def _dynamics(axpo: Mapping[int, Result] | None, grpo: Mapping[int, Result] | No
         rows.append([label, f"{theirs:+.0f}", _points(ours), verdict(ours, theirs)])
     if axpo:
         ours = over_seeds(axpo, of("recovered", lambda values: values))
-        rows.append(["resampled prefixes that are recovered", f"{paper.RECOVERED:.0f}%", _share(ours), ""])
+        rows.append(
+            ["resampled prefixes that are recovered", f"{paper.RECOVERED:.0f}%", _share(ours), "a size, no order"]
+        )
     return rows
 
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 BASE = Path(__file__).parent / "base"
-SFT = Path(__file__).parent / "sft"  # BASE after `axpo sft quickstart.yaml data.sft=miniature threads=1`
+# BASE after `axpo sft quickstart.yaml data.sft=miniature threads=1`, rounded to bfloat16 by `pretrain.save_base`
+SFT = Path(__file__).parent / "sft"
 TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 SIDE = 128  # the model sees every image with at most this many pixels a side
 VOCABULARY = 768
@@ -64,7 +65,7 @@ def build_image_processor() -> Qwen2VLImageProcessorPil:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLForConditionalGeneration:
-    """An untrained Qwen3-VL of about two million parameters.
+    """An untrained Qwen3-VL of 1.7 million parameters.
 
     The library's initialisation (std 0.02) hardly learns at this width, so every matrix gets a
     deviation of one over the root of its fan-in.

@@ -5,7 +5,7 @@
 The base learns what a foundation model brings along: to point at a place of a picture, to read a digit that is
 large enough, to copy names and numbers into code and queries, to find a fact in a text, to carry out a call that a
 question spells out and read what comes back. It is never shown which call helps.
-Progress is kept beside the output and taken up again when the command is repeated.
+`--stage` trains one stage on what the one before has left; of the first two, one that was cut short goes on.
 """
 
 import argparse
