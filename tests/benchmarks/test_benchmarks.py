@@ -248,3 +248,33 @@ def test_further_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert {"pass1", "pass4", "tool_use", "image_search"} < set(found["unseen"]["methods"]["axpo"])
     for split in ("far", "unseen"):
         assert found[split]["pairs"]["axpo_minus_sft"]["pass1"]["mean"] == 0  # the same policy
+
+
+def test_a_lengthened_run_is_the_longer_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import longer
+    import yaml
+    from commands import succeed
+
+    (tmp_path / "questions.jsonl").write_text('{"question": "What is the crop of Bel-nia?", "answer": "rye"}\n')
+    config = {
+        "model": "miniature",
+        "data": {"train": "questions.jsonl", "eval": "questions.jsonl"},
+        "rollout": {"questions": 1, "rollouts": 2, "max_tokens": 8, "max_turns": 1, "max_context": 600},
+        "train": {"warmup_steps": 0, "save_every": 1},
+        "method": "grpo",
+        "eval": {"samples": 1, "every": 1},
+    }
+    for name, steps in (("short", 1), ("long", 2), ("straight", 2)):
+        given = {**config, "train": {**config["train"], "steps": steps}}  # type: ignore[dict-item]
+        grid = {"config": given, "output": name, "seeds": [1], "methods": {"grpo": []}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(grid))
+    succeed("compare", tmp_path / "short.yaml")
+    monkeypatch.setattr(sys, "argv", ["longer.py", str(tmp_path / "short.yaml"), str(tmp_path / "long.yaml")])
+    longer.main()
+    lines = {}
+    for name in ("long", "straight"):
+        succeed("compare", tmp_path / f"{name}.yaml")
+        text = (tmp_path / name / "cells" / "grpo" / "seed_1" / "metrics.jsonl").read_text()
+        lines[name] = [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in text.splitlines()]
+    assert [line.get("of", line.get("step")) for line in lines["long"]] == [1, "step_1", 2, "grpo"]
+    assert lines["long"] == lines["straight"]
