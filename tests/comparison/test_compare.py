@@ -74,7 +74,7 @@ def test_a_grid_is_interrupted_killed_and_goes_on(tmp_path: Path) -> None:
     assert compare(grid, "--report").exit_code == 0
     until(lambda: metrics(cells / "axpo" / "seed_1"))
     first.send_signal(signal.SIGINT)
-    output, errors = first.communicate(timeout=60)
+    output, errors = first.communicate(timeout=300)
     assert first.returncode == 130, errors
     assert "of 6 runs are done; the same command goes on" in errors
     assert max(map(len, output.splitlines())) <= 80
@@ -93,8 +93,8 @@ def test_a_grid_is_interrupted_killed_and_goes_on(tmp_path: Path) -> None:
     grpo = cells / "grpo" / "seed_1"
     until(lambda: (grpo / "config.yaml").exists() and not is_free(grpo))
     killed.kill()
-    killed.communicate(timeout=30)
-    until(lambda: is_free(grpo), 10)  # its children end with it
+    killed.communicate(timeout=300)
+    until(lambda: is_free(grpo))  # its children end with it
     ended = {run: os.stat(run / "metrics.jsonl").st_mtime_ns for run in begun if (run / "summary.json").exists()}
     assert ended
 
@@ -115,9 +115,9 @@ def test_a_grid_is_interrupted_killed_and_goes_on(tmp_path: Path) -> None:
     written.add("differences.png")
     assert written <= {path.name for path in (tmp_path / "out").iterdir()}
 
-    again = time.monotonic()
+    before = {path: path.stat().st_mtime_ns for path in cells.rglob("*")}
     assert compare(grid).exit_code == 0  # runs nothing
-    assert time.monotonic() - again < 20
+    assert {path: path.stat().st_mtime_ns for path in cells.rglob("*")} == before
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
 
