@@ -107,8 +107,7 @@ def _tables(summary: Mapping[str, Any], names: Sequence[str]) -> list[Block]:
     ]
     if pairs:
         rows = [
-            [_pair(name), str(entry["seeds"]), *(_points(entry[key]) for key in shares)]
-            for name, entry in pairs.items()
+            [_pair(name), str(entry["seeds"]), *(points(entry[key]) for key in shares)] for name, entry in pairs.items()
         ]
         blocks += [
             Heading("Differences on the same seeds, in points"),
@@ -116,7 +115,7 @@ def _tables(summary: Mapping[str, Any], names: Sequence[str]) -> list[Block]:
         ]
     if families:
         rows = [[name, *(_share(families[f]["methods"][name]["pass1"]) for f in families)] for name in names]
-        rows += [[_pair(name), *(_points(families[f]["pairs"][name]["pass1"]) for f in families)] for name in pairs]
+        rows += [[_pair(name), *(points(families[f]["pairs"][name]["pass1"]) for f in families)] for name in pairs]
         blocks += [Heading("Pass@1 by family"), Table(["method or pair", *families], rows)]
     return blocks
 
@@ -168,7 +167,7 @@ def beside_paper(cells: Sequence[Cell], results: Sequence[Result]) -> list[Block
 
 def _compared(first: Mapping[int, Result], second: Mapping[int, Result], key: str, theirs: float) -> list[str]:
     ours = difference(first, second, getter(key))
-    return [f"{theirs:+.1f}", _points(ours), verdict(ours, theirs)]
+    return [f"{theirs:+.1f}", points(ours), verdict(ours, theirs)]
 
 
 def verdict(ours: Estimate, theirs: float) -> str:
@@ -208,12 +207,12 @@ def _dynamics(axpo: Mapping[int, Result] | None, grpo: Mapping[int, Result] | No
             ours = over_seeds(found, rise)
             told = _direction(ours, "stagnates", "falls", "rises") if theirs is None else verdict(ours, theirs)
             there = "stagnates" if theirs is None else f"{theirs:+.0f}"
-            rows.append([f"tool use, last less first tenth of {name}'s steps", there, _points(ours), told])
+            rows.append([f"tool use, last less first tenth of {name}'s steps", there, points(ours), told])
     if axpo and grpo:
         ours = difference(axpo, grpo, of("all_wrong_tool", _last))
         theirs = paper.ALL_WRONG_GAIN
         label = "all wrong with a tool, AXPO − GRPO, last tenth"
-        rows.append([label, f"{theirs:+.0f}", _points(ours), verdict(ours, theirs)])
+        rows.append([label, f"{theirs:+.0f}", points(ours), verdict(ours, theirs)])
     if axpo:
         ours = over_seeds(axpo, of("recovered", lambda values: values))
         rows.append(
@@ -247,7 +246,8 @@ def _share(found: Estimate) -> str:
     return _written(found, lambda value: f"{100 * value:.1f}", "%")
 
 
-def _points(found: Estimate) -> str:
+def points(found: Estimate) -> str:
+    """A difference of shares, in points, with its interval."""
     return _written(found, lambda value: f"{100 * value:+.1f}", "")
 
 

@@ -1,0 +1,50 @@
+"""Prints the rows of a comparison that docs/evidence/README.md shows.
+
+.venv/bin/python benchmarks/evidence_rows.py docs/evidence/summary.json
+.venv/bin/python benchmarks/evidence_rows.py docs/evidence/longer/summary.json
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from axpo.comparison.aggregate import Estimate
+from axpo.comparison.report import points
+from axpo.miniature.world import FAMILIES
+
+METHODS = ("sft", "grpo", "grpo2x", "axpo")
+PAIRS = ("axpo_minus_grpo", "axpo_minus_grpo2x")
+
+
+def rows(summary: dict[str, Any]) -> list[str]:
+    """Markdown: the four methods and the two differences that were to be compared."""
+    methods, pairs, families = summary["methods"], summary["pairs"], summary["families"]
+    found = [
+        _row(name, [methods[m][key] for m in METHODS], [pairs[p][key] for p in PAIRS])
+        for name, key in (
+            ("Pass@1", "pass1"),
+            ("Pass@4", "pass4"),
+            ("rollouts that call a tool", "tool_use"),
+            ("tool-using subgroup all wrong", "all_wrong_tool"),
+        )
+    ]
+    for family in FAMILIES:
+        of = families[family]
+        found.append(
+            _row(
+                f"Pass@1, {family}",
+                [of["methods"][m]["pass1"] for m in METHODS],
+                [of["pairs"][p]["pass1"] for p in PAIRS],
+            )
+        )
+    return found
+
+
+def _row(name: str, values: list[Estimate], differences: list[Estimate]) -> str:
+    cells = [*(f"{value['mean']:.1%}" for value in values), *map(points, differences)]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print("\n".join(rows(json.loads(Path(sys.argv[1]).read_text("utf-8")))))

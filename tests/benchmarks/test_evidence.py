@@ -1,0 +1,55 @@
+"""What docs/evidence/README.md says is what its files hold."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
+KEYS = ("mean", "low", "high")
+FOLDERS = (EVIDENCE, EVIDENCE / "longer")
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_readme_shows_the_rows_of_the_summary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EVIDENCE.parents[1] / "benchmarks")
+    import evidence_rows
+
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    text = (EVIDENCE / "README.md").read_text("utf-8")
+    assert "\n".join(evidence_rows.rows(summary)) in text
+    assert all(summary["methods"][name]["seeds"] >= 5 for name in ("grpo", "grpo2x", "axpo"))
+
+
+def test_the_first_paragraph_says_what_the_summary_does() -> None:
+    summary = json.loads((EVIDENCE / "summary.json").read_text("utf-8"))
+    methods, pairs = summary["methods"], summary["pairs"]
+    said = " ".join((EVIDENCE / "README.md").read_text("utf-8").split())
+    shares = [f"{100 * methods[name]['tool_use']['mean']:.0f}%" for name in ("axpo", "grpo", "grpo2x")]
+    assert re.search("in {} of the rollouts, GRPO in {}, and GRPO with twice the rollouts in {};".format(*shares), said)
+    for metric, phrases in (
+        (
+            "pass4",
+            ("{:.1f} points more than GRPO [{:.1f}, {:.1f}]", "{:.1f} more than twice the rollouts [{:.1f}, {:.1f}]"),
+        ),
+        ("pass1", ("{:+.1f} [{:.1f}, {:.1f}] of GRPO", "{:+.1f} [{:.1f}, {:.1f}] of twice the rollouts")),
+    ):
+        for pair, phrase in zip(("axpo_minus_grpo", "axpo_minus_grpo2x"), phrases, strict=True):
+            figures = (100 * pairs[pair][metric][key] for key in KEYS)
+            assert phrase.format(*figures).replace("-", "−") in said.replace("-", "−")
+
+
+def test_the_first_paragraph_says_what_the_longer_runs_did() -> None:
+    summary = json.loads((EVIDENCE / "longer" / "summary.json").read_text("utf-8"))
+    methods, pairs = summary["methods"], summary["pairs"]
+    said = " ".join((EVIDENCE / "README.md").read_text("utf-8").split())
+    shares = [f"{100 * methods[name]['pass1']['mean']:.1f}%" for name in ("axpo", "grpo", "grpo2x")]
+    assert (
+        "AXPO answers {} of the questions (Pass@1), GRPO {}, GRPO with twice the rollouts {}:".format(*shares) in said
+    )
+    figures = [100 * pairs[f"axpo_minus_{other}"]["pass1"][key] for other in ("grpo", "grpo2x") for key in KEYS]
+    assert "{:+.1f} points [{:.1f}, {:.1f}] and {:+.1f} [{:.1f}, {:.1f}]".format(*figures) in said
+    more = methods["axpo"]["rollouts"]["mean"] / methods["grpo"]["rollouts"]["mean"] - 1
+    assert f"at {100 * more:.0f}% more rollouts than GRPO" in said
+    assert f"({methods['axpo']['seeds']} seeds)" in said
