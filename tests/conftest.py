@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 # The pure core is tested without torch and transformers: they are imported by the fixtures that need them.
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 # What the tools keep between runs goes, with the tests, from a folder of their own instead of the user's.
 _CACHE = tempfile.TemporaryDirectory(prefix="axpo-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+settings.register_profile("axpo", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("axpo")
 
 SPECIAL = [
     "<|endoftext|>",

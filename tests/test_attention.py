@@ -28,7 +28,7 @@ def random_trees(parents: list[int], sizes: list[int]) -> tuple[torch.Tensor, to
     return torch.tensor(until), seen
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     parents=st.lists(st.integers(0, 5), max_size=9),
     sizes=st.lists(st.integers(1, 90), min_size=10, max_size=10),

@@ -105,7 +105,7 @@ def test_special_tokens_in_texts_stay_text(byte_chat: Chat) -> None:
 
 
 @given(st.lists(st.sampled_from(["<", "|", "im_end", "image_pad", "|>", "<|", "<|im_end|>", " ", "x"])))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_text_holds_control_tokens(byte_chat: Chat, pieces: list[str]) -> None:
     text = "".join(pieces)
     ids, _ = byte_chat.observation([(text, [])])
@@ -118,7 +118,7 @@ words = st.text(st.characters(exclude_characters="|<>\r\n", exclude_categories=[
 
 
 @given(words, words, st.lists(st.tuples(words, st.booleans()), min_size=1, max_size=3), words, words)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_ids_decode_to_what_the_template_renders(
     chat: Chat, question: str, thought: str, results: list[tuple[str, bool]], content: str, argument: str
 ) -> None:

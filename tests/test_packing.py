@@ -210,7 +210,7 @@ def test_a_prompt_of_another_kind_does_not_keep_the_others_from_sharing(chat: Ch
     assert [len(pack.ids) for pack in pack_trees(trees, chat, token_limit=12)] == [10, 5]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=5), min_size=1, max_size=8),
     limit=st.integers(1, 40),

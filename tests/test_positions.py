@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from axpo.positions import mrope_positions
@@ -42,7 +42,6 @@ paths = st.lists(
 
 
 @given(paths)
-@settings(deadline=None)
 def test_equal_to_the_model(any_model: Any, runs: list[int | Image]) -> None:
     ids, images = laid_out(runs)
     positions, following = mrope_positions(ids, images, PAD, 2)

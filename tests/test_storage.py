@@ -74,7 +74,7 @@ def content(tree: RolloutTree) -> list[Any]:
     return [tree.question_id, *fields]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(st.lists(trees(), max_size=3))
 def test_nothing_is_lost(tmp_path: Path, forest: list[RolloutTree]):
     save_trees(tmp_path / "step.parquet", forest)

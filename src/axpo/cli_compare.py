@@ -16,6 +16,10 @@ from axpo.progress import WIDTH, percent
 def compare(
     grid_file: Annotated[Path, typer.Argument(metavar="GRID", help="YAML file; docs/compare.md explains its keys.")],
     report: Annotated[bool, typer.Option("--report", help="Run nothing: aggregate what is done so far.")] = False,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A results.json of the same grid from elsewhere: what it has is not run."),
+    ] = None,
 ) -> None:
     """Compare methods on the same seeds.
 
@@ -24,7 +28,8 @@ def compare(
     lays the table beside the paper's. Exits with 1 where a run failed.
     """
     with command():
-        from axpo.comparison.cells import GRID_COPY, has_ended, output_of, parallel, run_cells
+        from axpo.comparison.aggregate import read_results
+        from axpo.comparison.cells import GRID_COPY, cells_to_run, has_ended, output_of, parallel, run_cells
         from axpo.comparison.display import TerminalDisplay
         from axpo.comparison.grid import cells_of, load_grid
         from axpo.comparison.report import write_report
@@ -32,21 +37,23 @@ def compare(
 
         grid = load_grid(grid_file)
         cells = cells_of(grid)
+        elsewhere = read_results(results or [], cells)
         failures = []
         if report:  # also while another process runs the cells
             if not (grid.output / GRID_COPY).is_file():
                 raise ConfigError(f"output: {grid.output} holds no comparison to report on")
-            summary = write_report(grid, cells)
+            summary = write_report(grid, cells, elsewhere)
         else:
+            here = cells_to_run(cells, elsewhere)
             with output_of(grid, grid_file):
                 try:
-                    with TerminalDisplay(cells, sum(map(has_ended, cells)), parallel(grid, cells)) as display:
-                        failures = asyncio.run(run_cells(grid, cells, display))
+                    with TerminalDisplay(here, sum(map(has_ended, here)), parallel(grid, cells)) as display:
+                        failures = asyncio.run(run_cells(grid, here, display))
                 except KeyboardInterrupt:
-                    done = sum(map(has_ended, cells))
-                    typer.echo(f"interrupted: {done} of {len(cells)} runs are done; the same command goes on", err=True)
+                    done = sum(map(has_ended, here))
+                    typer.echo(f"interrupted: {done} of {len(here)} runs are done; the same command goes on", err=True)
                     raise typer.Exit(130) from None
-                summary = write_report(grid, cells)
+                summary = write_report(grid, cells, elsewhere)
         console = Console()
         console.print(_table(summary), width=min(WIDTH, console.width))
         finished, wanted = summary["cells"]["finished"], summary["cells"]["all"]

@@ -132,6 +132,38 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "logs" / "bad-seed-1.log").is_file()
 
 
+def test_what_ran_elsewhere_is_not_run_here(tmp_path: Path) -> None:
+    for place, methods in (("here", ["axpo", "grpo"]), ("there", ["grpo"])):
+        (tmp_path / place).mkdir()
+        write(tmp_path / place, seeds=[1], methods={name: GRID["methods"][name] for name in methods})
+    there, here = tmp_path / "there" / "grid.yaml", tmp_path / "here" / "grid.yaml"
+    assert compare(there).exit_code == 0
+    known = tmp_path / "there" / "out" / "results.json"
+    result = compare(here, "--results", known)
+    assert result.exit_code == 0, result.output
+    assert "1 runs, 0 of them done" in result.stdout
+    assert "3 of 3 runs are done" in result.stdout
+    assert [path.name for path in (tmp_path / "here" / "out" / "cells").iterdir()] == ["axpo"]
+    found, theirs = (json.loads(path.read_text())["cells"] for path in (tmp_path / "here/out/results.json", known))
+    assert [cell["method"] for cell in found] == ["sft", "axpo", "grpo"]
+    assert [cell for cell in found if cell["method"] != "axpo"] == theirs
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(None, "No such file"), ("[]", "is no results.json that axpo compare has written"), ('{"cells": []}', "has no")],
+)
+def test_results_from_elsewhere_must_be_of_this_grid(text: str | None, expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    if text is not None:
+        file.write_text(text)
+    result = compare(write(tmp_path), "--results", file)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --results: ")
+    assert expected in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_there_must_be_something_to_report_on(tmp_path: Path) -> None:
     result = compare(write(tmp_path), "--report")
     assert result.exit_code == 2

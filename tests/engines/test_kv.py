@@ -102,7 +102,7 @@ actions = st.tuples(prompts, words) | st.integers(0, 9) | st.just("decode")
 
 
 @given(st.sampled_from([64, 400, 1000, 10**6]), st.lists(actions, max_size=30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_attention_is_over_the_whole_path_whatever_came_before(limit: int, done: list[Any]) -> None:
     driver = Driver(limit)
     for action in done:

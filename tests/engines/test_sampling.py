@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from axpo.engines.base import Sampling
@@ -56,7 +56,6 @@ rows = st.tuples(
 
 
 @given(st.lists(rows, min_size=2, max_size=5))
-@settings(deadline=None)
 def test_a_row_does_not_depend_on_the_others(batch: list[tuple[list[float], Sampling, float]]) -> None:
     def draw(some: list[tuple[list[float], Sampling, float]]) -> tuple[list[int], list[float]]:
         logits, rules, points = zip(*some, strict=True)

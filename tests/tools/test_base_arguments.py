@@ -154,7 +154,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.fixed_dictionaries({}, optional=dict.fromkeys(("box", "label", "index", "mode", "more"), json_values)))
 def test_whatever_the_policy_passes_is_a_result(arguments: dict[str, Any]) -> None:
     direct = run(point, arguments)
@@ -164,7 +164,7 @@ def test_whatever_the_policy_passes_is_a_result(arguments: dict[str, Any]) -> No
     assert direct.fault == "bad_arguments" or (direct.fault is None and good)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text() | json_values.map(json.dumps))
 def test_whatever_the_policy_writes_is_a_result(text: str) -> None:
     assert run_text(text).fault == "malformed"

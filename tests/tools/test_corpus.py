@@ -74,7 +74,7 @@ def test_what_is_kept_reads_the_same(lines: Path, tmp_path: Path) -> None:
 word = st.sampled_from("abcdefg")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(word, min_size=1, max_size=6), min_size=1, max_size=12), st.lists(word, max_size=4))
 def test_ranking_is_that_of_bm25s_with_a_stable_sort(texts: list[list[str]], query: list[str]) -> None:
     import bm25s

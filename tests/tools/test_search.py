@@ -74,7 +74,7 @@ def bm25(query: str, documents: list[str]) -> list[float]:
 sentences = st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=6).map(" ".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(sentences, min_size=1, max_size=12), sentences)
 def test_the_ranking_is_bm25(texts: list[str], query: str) -> None:
     documents = [{"title": f"{number}", "text": text} for number, text in enumerate(texts)]
@@ -206,7 +206,7 @@ def test_where_titles_take_too_much_the_last_hits_go() -> None:
 texts = st.text(st.sampled_from("ab ….\n"), max_size=60)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.builds(Hit, texts, st.sampled_from(["", "https://x.example"]), texts), max_size=4), st.data())
 def test_a_result_is_within_its_tokens(hits: list[Hit], data: st.DataObject) -> None:
     shorten = data.draw(st.sampled_from([by_word, by_letter]))

@@ -2,27 +2,47 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from axpo.comparison.bootstrap import METHOD, estimate
 from axpo.comparison.cells import has_ended, metrics
 from axpo.comparison.grid import START, Cell, Grid
+from axpo.config import ConfigError
 
-DYNAMICS = ("accuracy", "tool_use", "all_wrong_tool", "forked", "recovered")
+DYNAMICS = ("accuracy", "tool_use", "all_wrong_tool", "one_outcome", "forked", "recovered")
 SPENT = ("rollouts", "generated_tokens", "trained_tokens", "seconds")
 SHARES = ("tool_use", "all_wrong_tool", "all_wrong_no_tool", "accuracy_tool", "accuracy_no_tool")
 
 Result = dict[str, Any]
 Estimate = dict[str, float | None]
+Elsewhere = Mapping[tuple[str, int], Result]  # by method and seed
 
 
-def results_of(cells: Sequence[Cell]) -> list[Result]:
-    """What came of each cell that has ended (fine-tuning apart).
+def read_results(paths: Sequence[Path], cells: Sequence[Cell]) -> Elsewhere:
+    """What came of these cells elsewhere: the results.json of other outputs. Raises ConfigError for anything else."""
+    wanted = {(cell.name, cell.seed) for cell in cells}
+    found: dict[tuple[str, int], Result] = {}
+    for path in paths:
+        try:
+            read = {(result["method"], result["seed"]): result for result in json.loads(path.read_bytes())["cells"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--results: {path} is no results.json that axpo compare has written: {error}") from error
+        if not wanted & read.keys():
+            raise ConfigError(f"--results: {path} has no result of the grid's methods and seeds")
+        found |= {key: result for key, result in read.items() if key in wanted}
+    return found
+
+
+def results_of(cells: Sequence[Cell], elsewhere: Elsewhere) -> list[Result]:
+    """What came of each cell that has ended, here or elsewhere (fine-tuning apart).
 
     `evaluation`: its last one; `evaluations`: those amid training, by the number of steps; `spent`: sums over its
     steps; `dynamics`: lists over its steps, None where a step has no such figure.
     """
-    return [_result(cell) for cell in cells if cell.command == "train" and has_ended(cell)]
+    trainings = [cell for cell in cells if cell.command == "train"]
+    known = [_result(cell) if has_ended(cell) else elsewhere.get((cell.name, cell.seed)) for cell in trainings]
+    return [result for result in known if result is not None]
 
 
 def _result(cell: Cell) -> Result:

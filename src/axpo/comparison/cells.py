@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,13 @@ def has_ended(cell: Cell) -> bool:
         return bool(run_status(cell.folder)["ended"])
     except ConfigError:
         return False
+
+
+def cells_to_run(cells: Sequence[Cell], elsewhere: Container[tuple[str, int]]) -> list[Cell]:
+    """The cells without those that ran elsewhere, and without the fine-tunings that only these need."""
+    trainings = {cell for cell in cells if cell.command == "train" and (cell.name, cell.seed) not in elsewhere}
+    wanted = trainings | {cell.needs for cell in trainings}
+    return [cell for cell in cells if cell in wanted]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

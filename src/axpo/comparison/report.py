@@ -11,6 +11,7 @@ from typing import Any
 from axpo.comparison import paper
 from axpo.comparison.aggregate import (
     SPENT,
+    Elsewhere,
     Estimate,
     Result,
     as_text,
@@ -39,9 +40,9 @@ LEVEL = 0.5  # points; smaller differences of the paper, which gives no interval
 TAIL = 0.1  # the share of the training steps that counts as its beginning, and as its end
 
 
-def write_report(grid: Grid, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Write everything of the cells that have ended into the grid's output; returns the summary."""
-    results = results_of(cells)
+def write_report(grid: Grid, cells: Sequence[Cell], elsewhere: Elsewhere) -> dict[str, Any]:
+    """Write everything of the cells that have ended, here or elsewhere, into the grid's output; returns the summary."""
+    results = results_of(cells, elsewhere)
     summary = summarise(grid, cells, results)
     names = [START, *grid.methods]
     plot_dynamics(results, list(grid.methods), grid.output / "dynamics.png")
