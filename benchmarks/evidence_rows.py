@@ -1,4 +1,4 @@
-"""Prints the rows of a comparison that docs/evidence/README.md shows.
+"""Prints the rows of a comparison that docs/evidence/README.md shows: the main methods, then ablations and rivals.
 
 .venv/bin/python benchmarks/evidence_rows.py docs/evidence/summary.json
 .venv/bin/python benchmarks/evidence_rows.py docs/evidence/longer/summary.json
@@ -9,12 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from axpo.comparison import paper
 from axpo.comparison.aggregate import Estimate
 from axpo.comparison.report import points
 from axpo.miniature.world import FAMILIES
 
 METHODS = ("sft", "grpo", "grpo2x", "axpo")
 PAIRS = ("axpo_minus_grpo", "axpo_minus_grpo2x")
+OTHERS = {
+    **dict(
+        zip(
+            ("no_prefix_fix", "resample_no_tool", "random_rank", "no_prefix_credit", "one_group"),
+            paper.ABLATIONS,
+            strict=True,
+        )
+    ),
+    **{row.method: row for row in paper.RECIPES if not row.options},
+}
 
 
 def rows(summary: dict[str, Any]) -> list[str]:
@@ -41,10 +52,29 @@ def rows(summary: dict[str, Any]) -> list[str]:
     return found
 
 
+def others(summary: dict[str, Any]) -> list[str]:
+    """Markdown: what the ablations and rivals that have run came to, and by how much AXPO is above each, in points.
+
+    Behind each difference in Pass@1 and Pass@4 stands the paper's.
+    """
+    found = []
+    for name, row in OTHERS.items():
+        of, pair = summary["methods"].get(name), summary["pairs"].get(f"axpo_minus_{name}")
+        if of is None or not of["seeds"]:
+            continue
+        values = " | ".join(f"{of[key]['mean']:.1%}" for key in ("pass1", "pass4", "tool_use"))
+        differences = [
+            f"{points(pair[key])} ({getattr(paper.AXPO, key) - getattr(row, key):+.1f})" for key in ("pass1", "pass4")
+        ]
+        found.append(f"| {row.title} | {values} | {' | '.join((*differences, points(pair['tool_use'])))} |")
+    return found
+
+
 def _row(name: str, values: list[Estimate], differences: list[Estimate]) -> str:
     cells = [*(f"{value['mean']:.1%}" for value in values), *map(points, differences)]
     return f"| {name} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
-    print("\n".join(rows(json.loads(Path(sys.argv[1]).read_text("utf-8")))))
+    read = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    print("\n".join([*rows(read), "", *others(read)]))
