@@ -36,6 +36,7 @@ from axpo.options import (
     ToolsConfig,
     TrainConfig,
 )
+from axpo.options_size import LoraConfig, ParallelConfig, VllmConfig
 
 __all__ = [
     "MINIATURE",
@@ -81,7 +82,13 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()
+    vllm: VllmConfig = VllmConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    lora: LoraConfig = LoraConfig()
     alarms: AlarmsConfig = AlarmsConfig()
+    preflight: bool = True
+    """Check before the first step that the model sees its images, that the template keeps prefixes, that engine and
+    trainer agree, and that the tools answer. Default: true."""
 
     model_config = ConfigDict(validate_default=True)
 

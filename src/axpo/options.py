@@ -282,6 +282,11 @@ class TrainConfig(Section):
     Default: false."""
     autocast: bool = False
     """Compute the updates' forward and backward in bfloat16 over float32 weights. Default: false."""
+    vision: bool = True
+    """false: the vision tower, with what maps its output into the language model, stays as it is. Default: true."""
+    importance_cap: Real | None = Field(default=None, gt=0)
+    """Truncated importance sampling: a token's loss is weighted by the probability that the training forward gave it over
+    that which the engine sampled it with, at most so much. Default: none given, no weights."""
     old_logprobs: Literal["auto", "recompute"] = "auto"
     """Log-probs that the probability ratio compares with: auto takes those of sampling where they are exact (top_p 1,
     top_k 0, float32, no autocast) and else computes them anew before the update, recompute always. Default: auto."""
@@ -323,8 +328,11 @@ class EvalConfig(Section):
 
 
 class EngineConfig(Section):
-    """The embedded engine, which generates with the trained model itself."""
+    """What generates the rollouts."""
 
+    name: Literal["local", "vllm"] = "local"
+    """local: the embedded engine, which generates with the trained model itself; vllm: vLLM, see `vllm`.
+    Default: local."""
     max_batch: Integer = Field(default=64, ge=1)
     """Rollouts that generate at the same time. Default: 64."""
     overlap: Integer = Field(default=16, ge=0)
@@ -349,5 +357,8 @@ class AlarmsConfig(Section):
     """Greatest share of the rollouts of one step that are void. Default: 0.25; 1: no alarm."""
     one_outcome: Real = Field(default=0.9, ge=0, le=1)
     """Greatest share of the groups of n steps in which all rollouts have the same reward. Default: 0.9; 1: no alarm."""
+    mismatch: Real = Field(default=0.05, ge=0)
+    """Greatest mean difference, over the tokens of a step, of the log-probs of sampling and of training at the same
+    weights. Default: 0.05; 0: no alarm."""
     stop: bool = False
     """true: the first alarm ends the run, after its checkpoint is saved. Default: false."""
