@@ -285,8 +285,8 @@ class TrainConfig(Section):
     vision: bool = True
     """false: the vision tower, with what maps its output into the language model, stays as it is. Default: true."""
     importance_cap: Real | None = Field(default=None, gt=0)
-    """Truncated importance sampling: a token's loss is weighted by the probability that the training forward gave it over
-    that which the engine sampled it with, at most so much. Default: none given, no weights."""
+    """Truncated importance sampling: a token's loss is weighted by the probability that the trainer gives it over the
+    one that the engine sampled it with, at most so much. Default: none given, no weights."""
     old_logprobs: Literal["auto", "recompute"] = "auto"
     """Log-probs that the probability ratio compares with: auto takes those of sampling where they are exact (top_p 1,
     top_k 0, float32, no autocast) and else computes them anew before the update, recompute always. Default: auto."""
