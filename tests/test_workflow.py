@@ -14,7 +14,7 @@ from axpo.run import Run
 from axpo.tree import RolloutTree
 from axpo.workflow import run_training
 
-FIGURES: dict[str, Any] = {"tool_use": 0.4, "one_outcome": 0.5, "void": 0, "rollouts": 8}
+FIGURES: dict[str, Any] = {"tool_use": 0.4, "one_outcome": 0.5, "void": 0, "rollouts": 8, "mismatch_mean": 0.0}
 
 
 class Silent:

@@ -285,8 +285,9 @@ class TrainConfig(Section):
     vision: bool = True
     """false: the vision tower, with what maps its output into the language model, stays as it is. Default: true."""
     importance_cap: Real | None = Field(default=None, gt=0)
-    """Truncated importance sampling: a token's loss is weighted by the probability that the trainer gives it over the
-    one that the engine sampled it with, at most so much. Default: none given, no weights."""
+    """Truncated importance sampling: a token's share in the loss, its KL term aside, is weighted by the probability
+    that the trainer gives it before the update over the one that the engine sampled it with, at most so much (Yao et
+    al. 2025; verl and TRL take 2). Then old_logprobs: auto computes anew. Default: none given, no weights."""
     old_logprobs: Literal["auto", "recompute"] = "auto"
     """Log-probs that the probability ratio compares with: auto takes those of sampling where they are exact (top_p 1,
     top_k 0, float32, no autocast) and else computes them anew before the update, recompute always. Default: auto."""
@@ -359,6 +360,6 @@ class AlarmsConfig(Section):
     """Greatest share of the groups of n steps in which all rollouts have the same reward. Default: 0.9; 1: no alarm."""
     mismatch: Real = Field(default=0.05, ge=0)
     """Greatest mean difference, over the tokens of a step, of the log-probs of sampling and of training at the same
-    weights. Default: 0.05; 0: no alarm."""
+    weights, in nats. Default: 0.05; 0: no alarm."""
     stop: bool = False
     """true: the first alarm ends the run, after its checkpoint is saved. Default: false."""

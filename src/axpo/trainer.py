@@ -15,8 +15,9 @@ from axpo.agent import Agent
 from axpo.config import Config
 from axpo.credit import one_outcome
 from axpo.diagnostics.gap import Figures, measure
+from axpo.diagnostics.mismatch import Mismatch
 from axpo.drawing import Drawing
-from axpo.loss import kl_k3, policy_loss, token_weights
+from axpo.loss import importance_weights, kl_k3, policy_loss, token_weights
 from axpo.methods import METHODS
 from axpo.optimizer import Optimizer
 from axpo.packing import Pack, PackInputs, forward_logprobs, pack_logprobs, pack_trees
@@ -117,7 +118,11 @@ class Trainer:
         return [self.questions[i] for i in order if self.questions[i].id not in taken]
 
     def update(self, trees: Sequence[RolloutTree]) -> Figures:
-        """One optimizer step for each minibatch of questions (eq. 5)."""
+        """One optimizer step for each minibatch of questions (eq. 5).
+
+        The mismatch of sampling and training is measured where the trainer's log-probs before the update are known
+        without a forward of their own: of the first minibatch always, of the others where they are computed anew.
+        """
         if self.config.method.dynamic_sampling:
             trees = [tree for tree in trees if not one_outcome(tree)]
         size = -(-len(trees) // self.config.train.minibatches)
@@ -125,15 +130,20 @@ class Trainer:
         packs = [pack_trees(part, self.agent.chat, self.config.train.pack_tokens) for part in parts]
         # Of the first minibatch they are found with its own forward; the others' before any weight moves.
         known = [[self.old_logprobs(pack, moved=index > 0) for pack in part] for index, part in enumerate(packs)]
-        losses, norms, divergences = [], [], []
+        losses, divergences = [], []
+        norms: list[float] = []
+        mismatch = Mismatch()
         for questions, part, fixed in zip(parts, packs, known, strict=True):
             if not part:
                 continue
             rollouts = len(questions) * self.config.group_size
             total = sum(len(pack.targets) for pack in part)
             for pack, old in zip(part, fixed, strict=True):
-                loss, divergence = self.loss(pack, old, rollouts, total)
+                loss, divergence, logprobs = self.loss(pack, old, rollouts, total)
                 loss.backward()  # type: ignore[no-untyped-call]
+                before = old if norms else logprobs  # an update has moved the weights, or none yet
+                if before is not None and before is not pack.old_logprobs:
+                    mismatch += Mismatch.of(pack.old_logprobs, before)
                 losses.append(loss.item())
                 divergences.append((divergence, len(pack.targets)))
             norms.append(self.optimizer.step())
@@ -142,6 +152,7 @@ class Trainer:
             "loss": sum(losses),
             "kl": sum(kl * count for kl, count in divergences) / trained if trained else None,
             "grad_norm": max(norms, default=None),
+            **mismatch.figures(),
             "trained_tokens": trained,
             "packed_tokens": sum(len(pack.ids) for part in packs for pack in part),
         }
@@ -150,8 +161,10 @@ class Trainer:
         """The log-probs (n,) of the policy that sampled: its own, or computed anew (`train.old_logprobs`).
 
         None where the policy has not `moved` before the pack is trained, so that the forward of the loss gives them.
+        With `train.importance_cap` they are computed anew: the weights compare them with those of sampling.
         """
-        if self.config.train.old_logprobs == "auto" and self.config.sampling_is_exact:
+        train = self.config.train
+        if train.old_logprobs == "auto" and self.config.sampling_is_exact and train.importance_cap is None:
             return pack.old_logprobs
         if not moved:
             return None
@@ -165,8 +178,8 @@ class Trainer:
         with update_forward(self.model, autocast=self.config.train.autocast):
             return pack_logprobs(self.model, pack, self.agent.chat, self.banned, self.config.rollout.temperature)
 
-    def loss(self, pack: Pack, old: Tensor | None, rollouts: int, total_tokens: int) -> tuple[Tensor, float]:
-        """The pack's share of the loss, and its mean KL to the reference (0 without one)."""
+    def loss(self, pack: Pack, old: Tensor | None, rollouts: int, total_tokens: int) -> tuple[Tensor, float, Tensor]:
+        """The pack's share of the loss, its mean KL to the reference (0 without one), and its log-probs (n,)."""
         options, train, temperature = self.config.method, self.config.train, self.config.rollout.temperature
         inputs = PackInputs.of(pack, self.agent.chat, self.model.device)
         reference = None
@@ -177,6 +190,9 @@ class Trainer:
             logprobs = forward_logprobs(self.model, inputs, self.banned, temperature)
         old, advantages = (logprobs.detach() if old is None else old.to(logprobs)), pack.advantages.to(logprobs)
         weights = token_weights(pack.stream_tokens.to(logprobs), rollouts, total_tokens, options.aggregation)
+        importance = None
+        if train.importance_cap is not None:
+            importance = importance_weights(old, pack.old_logprobs.to(logprobs), train.importance_cap)
         loss = policy_loss(
             logprobs,
             old,
@@ -187,9 +203,10 @@ class Trainer:
             clip_high=options.clip_high,
             kl=options.kl,
             surrogate=self.method.loss,
+            importance=importance,
         )
         divergence = 0.0 if reference is None else kl_k3(logprobs.detach(), reference).mean().item()
-        return loss, divergence
+        return loss, divergence, logprobs.detach()
 
 
 def random_state() -> dict[str, Any]:
