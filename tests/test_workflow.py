@@ -53,7 +53,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(workflow, "Trainer", Told)
         for name in ("make_engine", "training_agent"):
             monkeypatch.setattr(build, name, lambda *_: None)
-        config = load_config(None, [f"output={tmp_path}/run", f"train.steps={len(void)}", "eval.every=0", *overrides])
+        config = load_config(
+            None, [f"output={tmp_path}/run", f"train.steps={len(void)}", "eval.every=0", "preflight=false", *overrides]
+        )
         folder = Saving(config)
         data: Any = build.Data([], None)
         nothing: Any = None

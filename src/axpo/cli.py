@@ -21,6 +21,7 @@ from axpo.cli_shared import (
     ConfigFile,
     Overrides,
     check_prompt,
+    cleared,
     command,
     config_of_run,
     finish,
@@ -110,7 +111,9 @@ def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
         require(config.data.train, "data.train")
         chat, toolbox, data = _prepare_training(config)
         run = new_run(config, "train")
-        _train(config, run, load_model(config, run), chat, toolbox, data)
+        model = load_model(config, run)
+        with cleared(run):
+            _train(config, run, model, chat, toolbox, data)
 
 
 @app.command()

@@ -193,6 +193,18 @@ def load_model(config: Config, run: "Run") -> "PreTrainedModel":
         raise
 
 
+@contextmanager
+def cleared(run: "Run") -> Iterator[None]:
+    """Where the preflight of a new run fails, its folder goes again."""
+    from axpo.preflight import PreflightError
+
+    try:
+        yield
+    except PreflightError:
+        shutil.rmtree(run.folder)  # as above
+        raise
+
+
 def free(folder: Path) -> Path:
     """The folder, or the first of FOLDER-2, FOLDER-3, … where nothing lies yet."""
     names = itertools.chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2)))

@@ -14,6 +14,7 @@ from axpo.diagnostics.alarms import Alarms, AlarmStop
 from axpo.engines.base import Engine
 from axpo.evaluation.runner import evaluate, summarise
 from axpo.policy import load_policy
+from axpo.preflight import preflight
 from axpo.questions import Question
 from axpo.run import Run
 from axpo.sft import sft_steps
@@ -48,7 +49,8 @@ async def run_training(
     Trees and figures are written with every step, a checkpoint every `train.save_every` steps and at the end,
     also where the run is interrupted. An alarm that begins is logged as a warning.
 
-    Raises AlarmStop at the first alarm, the checkpoint being saved, where `alarms.stop` says so.
+    Raises AlarmStop at the first alarm, the checkpoint being saved, where `alarms.stop` says so, and PreflightError
+    before the first step, nothing having been written.
     """
     assert data.train is not None
     engine = build.make_engine(config, model, chat)
@@ -60,6 +62,8 @@ async def run_training(
         alarms.restore(state["alarms"])
         saved = trainer.done
     done, steps, name = saved or 0, config.train.steps, config.method.name
+    if config.preflight and done < steps:
+        await preflight(trainer, run.folder)
     run.rewind(name, done)
     evaluated = run.evaluations()
 
