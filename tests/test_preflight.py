@@ -102,6 +102,16 @@ def test_training_goes_on_as_if_nothing_had_been_asked(make: Callable[..., Train
     assert checked == plain
 
 
+def test_the_engine_remembers_nothing_of_it(make: Callable[..., Trainer], tmp_path: Path) -> None:
+    trainer = make()
+    counters = trainer.agent.engine.counters  # type: ignore[attr-defined]
+    asyncio.run(preflight.preflight(trainer, tmp_path))
+    asyncio.run(agreement(trainer))  # asks again what it has asked
+    assert counters.reused_tokens == 0
+    asyncio.run(agreement(trainer))
+    assert counters.reused_tokens > 0
+
+
 def test_all_failures_are_told_at_once(
     make: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,7 +303,7 @@ def test_tools_that_do_not_answer_are_named_with_their_keys(monkeypatch: pytest.
     python, search = answers(make_python(Wrong()), make_search(Provider(down)))
     assert python is not None
     assert python.startswith(
-        "tools.sandbox: the tool 'python' answers '3' and 0 images to {'code': 'print(1 + 1)'}. Look at what this key"
+        "tools.sandbox: the tool 'python' answers '3' and 0 images to {'code': 'print(1 + 1)'}. Look at the address"
     )
     assert search is not None
     assert search.startswith(

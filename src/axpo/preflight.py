@@ -7,7 +7,6 @@ tokens, a short generation, or one call; what loading has checked already is not
 
 import asyncio
 import datetime
-import io
 import logging
 import shutil
 import time
@@ -30,7 +29,7 @@ from axpo.engines.base import Request, RolloutKey, Sampling
 from axpo.packing import pack_trees
 from axpo.policy import forward_logits, policy_logprobs, update_forward
 from axpo.positions import mrope_positions
-from axpo.tools.base import Conversation, SystemFault, Toolbox, ToolResult
+from axpo.tools.base import Conversation, SystemFault, Toolbox, ToolResult, encode_png
 from axpo.trainer import Trainer
 from axpo.tree import Credit, Kind, RolloutTree, Segment
 
@@ -91,9 +90,7 @@ def picture(number: int) -> bytes:
             draw.rectangle((left, 0, left + 7, 63), "yellow")
     else:
         draw.ellipse((12, 12, 51, 51), "red")
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+    return encode_png(image)
 
 
 def rollout(chat: Chat, shown: bytes | None, returned: bytes | None) -> tuple[RolloutTree, Segment]:
@@ -290,7 +287,7 @@ async def _answer(toolbox: Toolbox, name: str, probe: _Probe, conversation: Conv
         if result.fault is None and probe.good(result):
             return None
         said = f"answers {result.text[:200]!r} and {len(result.images)} images to {dict(probe.arguments())}"
-    return f"{probe.key}: the tool {name!r} {said}. Look at what this key names: its address, its key, the network"
+    return f"{probe.key}: the tool {name!r} {said}. Look at the address, key or network; axpo tools check shows more"
 
 
 # Disk -----------------------------------------------------------------------------------------------------------------
