@@ -20,6 +20,7 @@ from axpo.loss import kl_k3, policy_loss, token_weights
 from axpo.methods import METHODS
 from axpo.optimizer import Optimizer
 from axpo.packing import Pack, PackInputs, forward_logprobs, pack_logprobs, pack_trees
+from axpo.parallel import ALONE, Ranks, in_order
 from axpo.policy import PolicyError, banned_tokens, update_forward
 from axpo.questions import Question
 from axpo.tree import RolloutTree
@@ -31,10 +32,20 @@ class Trainer:
     """Holds what lasts from step to step: the policy, its frozen reference, the optimizer.
 
     The agent's engine generates with `model` itself. The reference is the policy as it is given (the SFT checkpoint).
+    Over several processes (`ranks`) each has all of this, draws and learns from its share of a step's questions, and
+    what it learns is added up.
     """
 
-    def __init__(self, config: Config, agent: Agent, model: PreTrainedModel, questions: Sequence[Question]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        agent: Agent,
+        model: PreTrainedModel,
+        questions: Sequence[Question],
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.config = config
+        self.ranks = ranks
         self.agent = agent
         self.questions = questions
         self.method = METHODS[config.method.name]
@@ -51,27 +62,33 @@ class Trainer:
         )
 
     async def step(self, number: int) -> tuple[list[RolloutTree], Figures]:
-        """One training step (AXPO.md, section 3); `number` counts from 0. Returns its trees and its figures."""
+        """One training step (AXPO.md, section 3); `number` counts from 0.
+
+        Returns the trees and the figures of all ranks; no trees but on rank 0.
+        """
         started = time.perf_counter()
         drawing = await self.roll_out(number)
-        trees = drawing.trees
         self.agent.engine.sleep()
         rolled_out = time.perf_counter()
-        for tree in trees:
+        for tree in drawing.drawn.values():
             self.method.credit(tree, self.config.method)
+        self.ranks.meet()
         self.done = None
-        figures = self.update(trees)
+        figures = self.update(drawing.drawn)
         self.kept, self.done = drawing.kept, number + 1
         self.agent.engine.update_weights()
         ended = time.perf_counter()
+        trees = in_order(self.ranks.to_main(drawing.drawn))
+        measured = self.ranks.of_main(measure(trees, self.config.method.threshold))
         seconds = {"rollout_seconds": rolled_out - started, "update_seconds": ended - rolled_out}
-        return trees, {"step": number + 1, **measure(trees, self.config.method.threshold), **figures, **seconds}
+        return trees, {"step": number + 1, **measured, **figures, **seconds}
 
     async def roll_out(self, number: int) -> Drawing:
         """What a step draws: N rollouts of every question, and what the method makes of them."""
         spare = self.spare(number) if self.config.method.dynamic_sampling else []
         seed = (TRAINING, self.config.seed, number)
-        drawing = Drawing(self.agent, self.batch(number), self.config.group_size, seed, spare, self.kept)
+        size = self.config.group_size
+        drawing = Drawing(self.agent, self.batch(number), size, seed, spare, self.kept, self.ranks)
         self.method.explore(drawing, self.config.method)
         await drawing.ended()
         return drawing
@@ -86,7 +103,7 @@ class Trainer:
             "kept": self.kept,
             "optimizer": self.optimizer.state(),
             "start": self.start,
-            "random": random_state(),
+            "random": self.ranks.all(random_state()),
         }
 
     def restore(self, state: Mapping[str, Any], weights: PreTrainedModel) -> None:
@@ -99,7 +116,7 @@ class Trainer:
         self.model.load_state_dict(weights.state_dict())
         self.done, self.kept = state["steps"], state["kept"]
         self.optimizer.restore(state["optimizer"])
-        restore_random_state(state["random"])
+        restore_random_state(state["random"][self.ranks.rank])
 
     def batch(self, number: int) -> list[Question]:
         """The questions of a step: each epoch goes through all of them once, in an order of its own."""
@@ -116,34 +133,41 @@ class Trainer:
         order = np.random.default_rng([self.config.seed, TRAINING, number]).permutation(len(self.questions))
         return [self.questions[i] for i in order if self.questions[i].id not in taken]
 
-    def update(self, trees: Sequence[RolloutTree]) -> Figures:
-        """One optimizer step for each minibatch of questions (eq. 5)."""
+    def update(self, trees: Mapping[int, RolloutTree]) -> Figures:
+        """One optimizer step for each minibatch of the step's questions (eq. 5): of them these trees, by their places,
+        are this process's."""
         if self.config.method.dynamic_sampling:
-            trees = [tree for tree in trees if not one_outcome(tree)]
-        size = -(-len(trees) // self.config.train.minibatches)
-        parts = [trees[start : start + size] for start in range(0, len(trees), max(1, size))]
+            taught = [tree for tree in trees.values() if not one_outcome(tree)]
+            trees = dict(enumerate(taught))
+        count = sum(self.ranks.all(len(trees)))
+        size = max(1, -(-count // self.config.train.minibatches))
+        starts = range(0, count, size)
+        parts = [[tree for place, tree in trees.items() if place // size == start // size] for start in starts]
         packs = [pack_trees(part, self.agent.chat, self.config.train.pack_tokens) for part in parts]
         # Of the first minibatch they are found with its own forward; the others' before any weight moves.
         known = [[self.old_logprobs(pack, moved=index > 0) for pack in part] for index, part in enumerate(packs)]
+        tokens = [sum(len(pack.targets) for pack in part) for part in packs]
+        totals = [int(total) for total in self.ranks.sum(tokens)]  # the loss is a mean over all ranks' tokens
         losses, norms, divergences = [], [], []
-        for questions, part, fixed in zip(parts, packs, known, strict=True):
-            if not part:
+        for start, part, fixed, total in zip(starts, packs, known, totals, strict=True):
+            if not total:
                 continue
-            rollouts = len(questions) * self.config.group_size
-            total = sum(len(pack.targets) for pack in part)
+            rollouts = min(size, count - start) * self.config.group_size
             for pack, old in zip(part, fixed, strict=True):
                 loss, divergence = self.loss(pack, old, rollouts, total)
                 loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.item())
-                divergences.append((divergence, len(pack.targets)))
+                divergences.append(divergence * len(pack.targets))
+            self.ranks.sum_gradients(self.optimizer.parameters)
             norms.append(self.optimizer.step())
-        trained = sum(count for _, count in divergences)
+        packed = sum(len(pack.ids) for part in packs for pack in part)
+        loss_sum, divergence_sum, packed_sum = self.ranks.sum([sum(losses), sum(divergences), packed])
         return {
-            "loss": sum(losses),
-            "kl": sum(kl * count for kl, count in divergences) / trained if trained else None,
+            "loss": loss_sum,
+            "kl": divergence_sum / sum(totals) if sum(totals) else None,
             "grad_norm": max(norms, default=None),
-            "trained_tokens": trained,
-            "packed_tokens": sum(len(pack.ids) for part in packs for pack in part),
+            "trained_tokens": sum(totals),
+            "packed_tokens": int(packed_sum),
         }
 
     def old_logprobs(self, pack: Pack, moved: bool) -> Tensor | None:
