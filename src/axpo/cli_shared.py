@@ -110,8 +110,10 @@ def prepare(config: Config) -> "tuple[Chat, Toolbox]":
     from transformers.utils import logging as transformers_logging
 
     from axpo import build
+    from axpo.adapters import check_adapters
     from axpo.chat import ChatError
 
+    check_adapters(config.lora)
     # The loading bars and advice of these libraries are for people who call them themselves.
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -103,6 +103,15 @@ def _parallel_problems(config: "Config") -> list[str]:
                 f"device: got {config.device!r}, but with parallel.processes = {parallel.processes} must be cuda, "
                 "of which each process takes one, or cpu"
             )
+    elif parallel.sharding == "full":
+        found.append("parallel.sharding: got 'full', but parallel.processes = 1 has nobody to share with; must be none")
+    if parallel.offload and config.device == "cpu":
+        found.append("parallel.offload: got true, but with device = cpu all is in the host's memory; must be false")
+    if parallel.offload and parallel.sharding == "full":
+        found.append(
+            "parallel.offload: got true, but with parallel.sharding = full the optimizer is divided among the "
+            "GPUs; must be false"
+        )
     return found
 
 

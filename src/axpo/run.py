@@ -19,6 +19,7 @@ from axpo.storage import save_trees
 from axpo.tree import RolloutTree
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from axpo.chat import Chat
@@ -100,14 +101,20 @@ class Run:
     ) -> Path:
         """Write a folder that `from_pretrained` opens: weights, tokenizer with its template, image processor.
 
-        With them, in one rename, goes the state of training: tensors, numbers and texts in dicts and lists.
+        Adapters are merged into the weights, and also lie in a folder of their own. With them, in one rename, goes the
+        state of training: tensors, numbers and texts in dicts and lists.
         """
         import torch
+
+        from axpo.adapters import FOLDER, save_adapters
 
         beside, place, old = self._places(name)
         for leftover in (beside, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        model.save_pretrained(beside)
+        weights, adapters = _gathered(model)
+        model.save_pretrained(beside, state_dict=weights)
+        if adapters:
+            save_adapters(model, beside / FOLDER, adapters)
         chat.save(beside)
         if state is not None:
             torch.save(dict(state), beside / TRAINING_STATE)
@@ -197,7 +204,17 @@ class FollowedRun(Run):
     def save_checkpoint(
         self, model: "PreTrainedModel", chat: "Chat", name: str = "checkpoint", state: Mapping[str, Any] | None = None
     ) -> Path:
+        _gathered(model, keep=False)  # the others' part in it
         return self.folder / name
+
+
+def _gathered(model: "PreTrainedModel", keep: bool = True) -> "tuple[dict[str, Tensor], dict[str, Tensor]]":
+    """The policy's weights and those of its adapters, whole, on the CPU; no weights where they need not be kept."""
+    from axpo.adapters import adapter_weights
+    from axpo.policy import policy_weights
+
+    weights = {name: weight.cpu() for name, weight in policy_weights(model) if keep}
+    return weights, adapter_weights(model)
 
 
 def run_status(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Training by reinforcement: roll out, fork, credit, pack, step."""
 
-import copy
 import random
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,12 @@ from axpo.drawing import Drawing
 from axpo.loss import kl_k3, policy_loss, token_weights
 from axpo.methods import METHODS
 from axpo.optimizer import Optimizer
-from axpo.packing import Pack, PackInputs, forward_logprobs, pack_logprobs, pack_trees
+from axpo.packing import Pack, PackInputs, forward_logprobs, idle_pack, pack_logprobs, pack_trees
 from axpo.parallel import ALONE, Ranks, in_order
-from axpo.policy import PolicyError, banned_tokens, update_forward
+from axpo.policy import PolicyError, banned_tokens, restore_weights, update_forward
 from axpo.questions import Question
+from axpo.reference import Reference
+from axpo.sharding import shard
 from axpo.tree import RolloutTree
 
 TRAINING = 0  # keeps its random numbers apart from those of evaluation
@@ -52,14 +54,23 @@ class Trainer:
         self.kept = 0  # rollouts that an adaptive budget has left over
         self.done: int | None = 0  # the steps that made the weights; None while an update moves them
         self.model = model
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if config.method.kl > 0 else None
+        parallel, train = config.parallel, config.train
+        self.shared = parallel.sharding == "full"
+        self.reference = Reference(model, parallel.offload, self.shared) if config.method.kl > 0 else None
         # Enough to tell weights apart: the sum of each parameter of the policy that training starts from.
         self.start = torch.stack([p.detach().sum(dtype=torch.float64) for p in model.parameters()]).cpu()
         self.banned = banned_tokens(agent.chat, self.model)
-        train = config.train
+        if self.shared:
+            shard(model)
         self.optimizer = Optimizer(
-            self.model, train.learning_rate, train.warmup_steps, train.weight_decay, train.grad_clip
+            model,
+            train.learning_rate,
+            train.warmup_steps,
+            train.weight_decay,
+            train.grad_clip,
+            offload=parallel.offload,
         )
+        agent.engine.update_weights()
 
     async def step(self, number: int) -> tuple[list[RolloutTree], Figures]:
         """One training step (AXPO.md, section 3); `number` counts from 0.
@@ -101,19 +112,21 @@ class Trainer:
         return {
             "steps": self.done,
             "kept": self.kept,
-            "optimizer": self.optimizer.state(),
+            "optimizer": self.optimizer.state(keep=self.ranks.main),
             "start": self.start,
             "random": self.ranks.all(random_state()),
         }
 
-    def restore(self, state: Mapping[str, Any], weights: PreTrainedModel) -> None:
-        """Go on from what `state` returned, with the weights of then.
+    def restore(self, state: Mapping[str, Any], checkpoint: Path) -> None:
+        """Go on from what `state` returned, with the weights of then, which lie in a checkpoint.
 
         Raises PolicyError where the policy that this trainer was made with is not the one that training started from.
         """
         if state["start"].shape != self.start.shape or not torch.allclose(state["start"], self.start, rtol=1e-6):
             raise PolicyError("model: holds other weights than those that the run started from, which it still needs")
-        self.model.load_state_dict(weights.state_dict())
+        self.agent.engine.sleep()
+        restore_weights(self.model, checkpoint)
+        self.agent.engine.update_weights()
         self.done, self.kept = state["steps"], state["kept"]
         self.optimizer.restore(state["optimizer"])
         restore_random_state(state["random"][self.ranks.rank])
@@ -144,6 +157,11 @@ class Trainer:
         starts = range(0, count, size)
         parts = [[tree for place, tree in trees.items() if place // size == start // size] for start in starts]
         packs = [pack_trees(part, self.agent.chat, self.config.train.pack_tokens) for part in parts]
+        packed = sum(len(pack.ids) for part in packs for pack in part)
+        if self.shared:  # a forward is of all ranks: they have equally many
+            most = [max(numbers) for numbers in zip(*self.ranks.all([len(part) for part in packs]), strict=True)]
+            idle = idle_pack(self.agent.chat)
+            packs = [[*part, *([idle] * (number - len(part)))] for part, number in zip(packs, most, strict=True)]
         # Of the first minibatch they are found with its own forward; the others' before any weight moves.
         known = [[self.old_logprobs(pack, moved=index > 0) for pack in part] for index, part in enumerate(packs)]
         tokens = [sum(len(pack.targets) for pack in part) for part in packs]
@@ -157,10 +175,10 @@ class Trainer:
                 loss, divergence = self.loss(pack, old, rollouts, total)
                 loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.item())
-                divergences.append(divergence * len(pack.targets))
-            self.ranks.sum_gradients(self.optimizer.parameters)
+                divergences.append(divergence)
+            if not self.shared:
+                self.ranks.sum_gradients(self.optimizer.parameters)
             norms.append(self.optimizer.step())
-        packed = sum(len(pack.ids) for part in packs for pack in part)
         loss_sum, divergence_sum, packed_sum = self.ranks.sum([sum(losses), sum(divergences), packed])
         return {
             "loss": loss_sum,
@@ -190,13 +208,13 @@ class Trainer:
             return pack_logprobs(self.model, pack, self.agent.chat, self.banned, self.config.rollout.temperature)
 
     def loss(self, pack: Pack, old: Tensor | None, rollouts: int, total_tokens: int) -> tuple[Tensor, float]:
-        """The pack's share of the loss, and its mean KL to the reference (0 without one)."""
+        """The pack's share of the loss, and the sum of its tokens' KL to the reference (0 without one)."""
         options, train, temperature = self.config.method, self.config.train, self.config.rollout.temperature
         inputs = PackInputs.of(pack, self.agent.chat, self.model.device)
         reference = None
         if self.reference is not None:
-            with torch.no_grad(), update_forward(self.reference, autocast=train.autocast):
-                reference = forward_logprobs(self.reference, inputs, self.banned, temperature)
+            with torch.no_grad(), self.reference.present() as model, update_forward(model, autocast=train.autocast):
+                reference = forward_logprobs(model, inputs, self.banned, temperature)
         with update_forward(self.model, train.gradient_checkpointing, train.autocast):
             logprobs = forward_logprobs(self.model, inputs, self.banned, temperature)
         old, advantages = (logprobs.detach() if old is None else old.to(logprobs)), pack.advantages.to(logprobs)
@@ -212,7 +230,7 @@ class Trainer:
             kl=options.kl,
             surrogate=self.method.loss,
         )
-        divergence = 0.0 if reference is None else kl_k3(logprobs.detach(), reference).mean().item()
+        divergence = 0.0 if reference is None else kl_k3(logprobs.detach(), reference).sum().item()
         return loss, divergence
 
 

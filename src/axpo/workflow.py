@@ -14,7 +14,6 @@ from axpo.diagnostics.alarms import Alarms, AlarmStop
 from axpo.engines.base import Engine
 from axpo.evaluation.runner import evaluate, summarise
 from axpo.parallel import ALONE, Ranks, in_order
-from axpo.policy import load_policy
 from axpo.questions import Question
 from axpo.run import Run
 from axpo.sft import sft_steps
@@ -63,7 +62,7 @@ async def run_training(
         run.complete_checkpoint()
     ranks.meet()
     if (state := run.training_state()) is not None:
-        trainer.restore(state["trainer"], load_policy(run.folder / "checkpoint", model.dtype))
+        trainer.restore(state["trainer"], run.folder / "checkpoint")
         alarms.restore(state["alarms"])
         saved = trainer.done
     done, steps, name = saved or 0, config.train.steps, config.method.name
