@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from axpo.miniature.base import SFT
@@ -17,7 +21,10 @@ from axpo.storage import load_trees
 from axpo.tree import RolloutTree
 
 LANDS = ("Bel-nia", "Kar-dor", "Mot-via", "Tis-mar")
-QUESTIONS = [{"question": f'What is the crop of "{land}"?', "answer": "rye", "id": land} for land in LANDS]
+QUESTIONS: list[dict[str, Any]] = [
+    {"question": f'What is the crop of "{land}"?', "answer": "rye", "id": land} for land in LANDS
+]
+QUESTIONS[1] |= {"question": "<image>Which digit is on the house?", "images": ["house.png"]}
 CONFIG: dict[str, Any] = {
     "model": "miniature_sft",
     "output": "run",
@@ -30,9 +37,16 @@ CONFIG: dict[str, Any] = {
         "corpus": "miniature",
         "search_results": 1,
     },
-    "rollout": {"questions": 4, "rollouts": 4, "max_tokens": 40, "max_turns": 1, "max_context": 800},
+    "rollout": {"questions": 6, "rollouts": 3, "max_tokens": 40, "max_turns": 1, "max_context": 800},
     "method": {"budget": 0.5, "continuations": 2},  # fewer prefixes than there are candidates
-    "train": {"steps": 2, "warmup_steps": 0, "learning_rate": 5e-6, "minibatches": 2, "save_every": 1},
+    "train": {  # a minibatch holds three questions, a pack one: the ranks do not compute equally many
+        "steps": 2,
+        "warmup_steps": 0,
+        "learning_rate": 5e-6,
+        "minibatches": 2,
+        "pack_tokens": 1,
+        "save_every": 1,
+    },
     "eval": {"samples": 1},
 }
 
@@ -55,6 +69,8 @@ def succeed(*arguments: object) -> str:
 
 
 def make_project(folder: Path) -> Path:
+    """A folder with a config and its questions, one of which has an image."""
+    Image.new("RGB", (64, 64), "red").save(folder / "house.png")
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     return folder
@@ -63,6 +79,20 @@ def make_project(folder: Path) -> Path:
 def train(project: Path, name: str, *overrides: str) -> Path:
     succeed("train", project / "config.yaml", f"output={project / name}", *overrides)
     return project / name
+
+
+def train_interrupted(project: Path, name: str, *overrides: str) -> Path:
+    """Interrupt a training after its first step, and resume it."""
+    run = project / name
+    process = start("train", project / "config.yaml", f"output={run}", *overrides)
+    wait_for(run / "trees" / "step_00001.parquet", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 130, errors
+    assert errors.splitlines() == [f"interrupted: the run so far is in {run}"]
+    assert len(lines(run)) == 1
+    succeed("resume", run)
+    return run
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -97,3 +127,15 @@ def assert_learnt_alike(one: Path, two: Path, apart: float = 1e-6) -> None:
                 assert theirs[figure] == pytest.approx(value, rel=1e-4, abs=1e-7), figure
             elif "seconds" not in figure and figure != "packed_tokens":
                 assert theirs[figure] == value, figure
+
+
+def numbers(run: Path) -> str:
+    """All that was logged, but for times."""
+    return re.sub(r'"\w*seconds": [^,}]+', "", (run / "metrics.jsonl").read_text())
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    """Wait until a process has written a file."""
+    deadline = time.monotonic() + 300
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)

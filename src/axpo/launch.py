@@ -34,7 +34,9 @@ def start(processes: int) -> int:
     read, write = os.pipe()
     with tempfile.TemporaryDirectory() as folder:
         said = [open(os.path.join(folder, str(rank)), "w+b") for rank in range(processes)]  # noqa: SIM115
-        running = [_process(rank, processes, port, read, said[rank]) for port in [_port()] for rank in range(processes)]
+        running = [
+            _process(rank, processes, port, read, said[rank]) for port in [free_port()] for rank in range(processes)
+        ]
         os.close(read)
         try:
             with _passed_on(running):
@@ -75,7 +77,8 @@ def _process(rank: int, processes: int, port: int, lifeline: int, said: IO[bytes
     )
 
 
-def _port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
