@@ -70,7 +70,8 @@ async def preflight(trainer: Trainer, folder: Path) -> None:
         *await answering_tools(trainer.agent.toolbox.in_evaluation, picture(0)),
         await agreement(trainer),
     ]
-    if failures := [text for text in found if text]:
+    everywhere = (text for texts in trainer.ranks.all(found) for text in texts if text)
+    if failures := list(dict.fromkeys(everywhere)):
         hint = "preflight: the run has not begun; preflight=false begins it without these checks"
         raise PreflightError("\n".join([*(f"preflight: {text}" for text in failures), hint]))
     engine.sleep()
