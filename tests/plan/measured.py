@@ -20,13 +20,13 @@ IMAGE_TOKEN, GRID = 9, (1, 16, 16)
 
 
 def wide_config(tied: bool = True) -> Qwen3VLConfig:
-    """14 million parameters, in the proportions of the real ones."""
+    """9 million parameters, in the proportions of the real ones."""
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 10, 10]}
     return Qwen3VLConfig(
         text_config={
             "hidden_size": 256,
             "intermediate_size": 768,
-            "num_hidden_layers": 8,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 64,
@@ -35,7 +35,7 @@ def wide_config(tied: bool = True) -> Qwen3VLConfig:
             "tie_word_embeddings": tied,
         },
         vision_config={
-            "depth": 6,
+            "depth": 4,
             "hidden_size": 128,
             "intermediate_size": 512,
             "num_heads": 2,
@@ -94,13 +94,16 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def update_peak(model_config: Qwen3VLConfig, trees: Sequence[RolloutTree], overrides: Sequence[str] = ()) -> int:
-    """Of a model, its reference, its optimizer and the second of two updates, the first of which is outside."""
-    config = load_config(None, ["rollout.questions=2", "rollout.rollouts=4", "method.name=grpo", *overrides])
+    """The most that a model, its reference, its optimizer and an update on these trees take; the optimizer has stepped
+    before, so that its state is there."""
+    config = load_config(None, ["rollout.questions=2", "rollout.rollouts=6", "method.name=grpo", *overrides])
     agent: Any = SimpleNamespace(chat=NoiseChat(), engine=None)
 
     def run() -> None:
-        trainer = Trainer(config, agent, make_model(model_config, getattr(torch, config.dtype)), [])
-        trainer.update(trees)
+        model = make_model(model_config, getattr(torch, config.dtype))
+        model.model.visual.requires_grad_(config.train.vision)
+        trainer = Trainer(config, agent, model, [])
+        trainer.update([make_tree(9, 2, 80, 2)])
         trainer.update(trees)
 
     return peak_bytes(run)

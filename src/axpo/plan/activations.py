@@ -52,9 +52,9 @@ def activations(shape: Shape, batch: Batch, compute: Compute) -> Activations:
     """What one packed forward and backward takes besides weights, gradients and the like."""
     layer, kept = layer_bytes(shape, compute), shape.hidden * compute.weight
     tower = _tower(shape.vision, batch.patches, compute) if shape.vision and batch.patches else Activations(0, 0, 0)
-    # Outside the layers: cosines and sines, the final norm as in a layer, what the head's rows are taken from.
+    # Outside the layers: cosines and sines, the final norm as in a layer, the rows that the head reads.
     outside = batch.tokens * (2 * shape.head_dim * compute.weight + _norm_bytes(shape.hidden, compute))
-    outside += 2 * batch.trained * shape.hidden * compute.product
+    outside += batch.trained * shape.hidden * compute.product
     outside += _cast_bytes(shape, compute)
     layers = shape.layers * (kept if compute.checkpointing else layer)
     again = layer if compute.checkpointing else 0  # one layer is computed again
