@@ -40,7 +40,7 @@ def plan(
         if memory is None and torch.cuda.is_available():
             memory = torch.cuda.get_device_properties(0).total_memory
         shape = load_shape(config)
-        pixels = image_pixels(config, shape.vision) if shape.vision else 0
+        pixels = image_pixels(config) if shape.vision else 0
         made = make_plan(config, shape, pixels, memory)
         console = Console(width=min(WIDTH, Console().width), highlight=False)
         for table in tables(made):

@@ -62,10 +62,8 @@ def test_adapters_are_counted_as_peft_makes_them(targets: str | list[str]):
 
 def test_the_largest_image_is_the_models_own_or_max_pixels(tmp_path: Path):
     config = config_of(tmp_path, "qwen3_vl_2b")
-    shape = load_shape(config)
-    assert shape.vision is not None
-    assert image_pixels(config, shape.vision) == 16777216
-    assert image_pixels(config_of(tmp_path, "qwen3_vl_2b", "max_pixels=1048576"), shape.vision) == 1048576
+    assert image_pixels(config) == 16777216
+    assert image_pixels(config_of(tmp_path, "qwen3_vl_2b", "max_pixels=1048576")) == 1048576
 
 
 def test_what_cannot_be_planned_is_named(tmp_path: Path):
@@ -74,13 +72,9 @@ def test_what_cannot_be_planned_is_named(tmp_path: Path):
         load_shape(load_config(None, [f"model={tmp_path / 'empty'}"]))
     other = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     folder = write_checkpoint(tmp_path / "other", other)
-    with pytest.raises(
-        ConfigError, match="of type 'gpt2', whose layers the plan does not know; it knows qwen3, qwen3_vl"
-    ):
+    with pytest.raises(ConfigError, match="of type 'gpt2', whose layers the plan does not know; it knows"):
         load_shape(load_config(None, [f"model={folder}"]))
     config = config_of(tmp_path, "qwen3_vl_2b")
-    vision = load_shape(config).vision
-    assert vision is not None
     (tmp_path / "qwen3_vl_2b" / "preprocessor_config.json").unlink()
     with pytest.raises(ConfigError, match=r"has no preprocessor_config\.json"):
-        image_pixels(config, vision)
+        image_pixels(config)

@@ -127,8 +127,11 @@ def shape_of(config: Any) -> Shape:
     )
 
 
-def image_pixels(config: Config, vision: Vision) -> int:
-    """Pixels of the largest image as the model gets it. Raises ConfigError where there is no image processor's file."""
+def image_pixels(config: Config) -> int:
+    """Pixels of the largest image as the model gets it, of a model with vision.
+
+    Raises ConfigError where there is no image processor's file.
+    """
     path = model_path(config)
     try:
         processor: Any = AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
@@ -137,9 +140,6 @@ def image_pixels(config: Config, vision: Vision) -> int:
             f"model: {config.model} has no preprocessor_config.json that can be read, which says how large images are"
         ) from error
     most = int(processor.size["longest_edge"])
-    least = (vision.patch * vision.merge) ** 2
-    if config.max_pixels is not None and config.max_pixels < least:
-        raise ConfigError(f"max_pixels: got {config.max_pixels}, but one image token of this model takes {least}")
     return most if config.max_pixels is None else min(most, config.max_pixels)
 
 
