@@ -251,7 +251,7 @@ def test_a_reward_moves_the_policy_towards_what_earned_it(make_trainer: Maker) -
         return logprobs[positive].mean().item(), logprobs[~positive].mean().item()
 
     good, bad = likelihood()
-    trainer.update([tree, trees[1]])
+    trainer.update({0: tree, 1: trees[1]})
     better, worse = likelihood()
     assert better > good
     assert worse < bad
@@ -339,7 +339,7 @@ def test_minibatches_compare_with_the_policy_from_before_the_first(
         return loss(pack, old, *rest)
 
     monkeypatch.setattr(trainer, "loss", seen)
-    trainer.update(trees)
+    trainer.update(dict(enumerate(trees)))
     assert given[0] is None
     assert given[1] is not None
     assert torch.equal(given[1], expected[1])
@@ -353,7 +353,7 @@ def test_a_step_with_checkpointing_is_the_same_step(make_trainer: Maker) -> None
         calls: list[int] = []
         for layer in model.model.language_model.layers:
             layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-        trainer.update(trees)
+        trainer.update(dict(enumerate(trees)))
         return [p.detach() for p in model.parameters()], len(calls)
 
     plain, once = weights()

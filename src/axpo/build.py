@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
+from axpo.adapters import add_adapters
 from axpo.agent import Agent, Limits
 from axpo.chat import Chat
 from axpo.config import MINIATURE, MINIATURE_SFT, Config, ConfigError, Source
@@ -15,7 +16,7 @@ from axpo.engines.local import LocalEngine
 from axpo.methods import needs_entropy
 from axpo.miniature import base
 from axpo.miniature.world import corpus, sample_problems
-from axpo.policy import load_policy
+from axpo.policy import freeze_vision, load_policy
 from axpo.questions import Question, Trajectory, load_questions, load_trajectories
 from axpo.rewards.critique import critic
 from axpo.tools.base import Toolbox
@@ -100,10 +101,18 @@ def load_toolbox(config: Config, chat: Chat) -> Toolbox:
 
 
 def load_model(config: Config) -> PreTrainedModel:
-    """The weights, on the config's device. Sets torch's threads."""
+    """The weights, on the config's device, with what of them is trained. Sets torch's threads.
+
+    Raises PolicyError where they cannot be loaded, ConfigError where the model lacks a layer of lora.targets.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    return load_policy(model_path(config), getattr(torch, config.dtype), config.device)
+    model = load_policy(model_path(config), getattr(torch, config.dtype), config.device)
+    if not config.train.vision:
+        freeze_vision(model)
+    if config.lora.rank:
+        add_adapters(model, config.lora, config.seed)
+    return model
 
 
 def make_engine(config: Config, model: PreTrainedModel, chat: Chat, entropies: bool = False) -> LocalEngine:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from axpo.cli_compare import compare
 from axpo.cli_diagnose import diagnose
@@ -37,6 +38,7 @@ from axpo.cli_shared import (
 from axpo.cli_simulate import simulate_command
 from axpo.cli_tools import tools
 from axpo.config import MINIATURE, Config, ConfigError, load_config
+from axpo.launch import end_with_parent, start, starts_others
 from axpo.progress import TerminalProgress
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
     from axpo.build import Data
     from axpo.chat import Chat
+    from axpo.parallel import Ranks
     from axpo.questions import Trajectory
     from axpo.run import Run
     from axpo.tools.base import Toolbox
@@ -61,6 +64,7 @@ app = typer.Typer(
 
 
 def main() -> None:
+    end_with_parent()
     for stream in sys.stdout, sys.stderr:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a run must not end because a terminal lacks a character
@@ -109,9 +113,15 @@ def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
     with command():
         config = load_config(config_file, overrides or [])
         require(config.data.train, "data.train")
-        chat, toolbox, data = _prepare_training(config)
-        run = new_run(config, "train")
-        _train(config, run, load_model(config, run), chat, toolbox, data)
+        if starts_others(config):
+            raise typer.Exit(start(config.parallel.processes))
+        from axpo.parallel import joined
+
+        with joined(config) as (config, ranks):
+            chat, toolbox, data = _prepare_training(config)
+            run = new_run(config, "train", follows=not ranks.main)
+            ranks.meet()
+            _train(config, run, load_model(config, run), chat, toolbox, data, ranks)
 
 
 @app.command()
@@ -125,12 +135,18 @@ def resume(
     """
     with command():
         from axpo import build
-        from axpo.run import Run
+        from axpo.run import FollowedRun, Run
 
         run = Run.reopen(folder)
         config = load_config(run.folder / "config.yaml").model_copy(update={"output": run.folder})
-        chat, toolbox, data = _prepare_training(config)
-        _train(config, run, build.load_model(config), chat, toolbox, data)
+        if starts_others(config):
+            raise typer.Exit(start(config.parallel.processes))
+        from axpo.parallel import joined
+
+        with joined(config) as (config, ranks):
+            chat, toolbox, data = _prepare_training(config)
+            run = run if ranks.main else FollowedRun(run.folder)
+            _train(config, run, build.load_model(config), chat, toolbox, data, ranks)
 
 
 @app.command()
@@ -208,19 +224,26 @@ def _prepare_training(config: Config) -> "tuple[Chat, Toolbox, Data]":
 
 
 def _train(
-    config: Config, run: "Run", model: "PreTrainedModel", chat: "Chat", toolbox: "Toolbox", data: "Data"
+    config: Config,
+    run: "Run",
+    model: "PreTrainedModel",
+    chat: "Chat",
+    toolbox: "Toolbox",
+    data: "Data",
+    ranks: "Ranks",
 ) -> None:
     """Train from where the run stands to its end."""
     from axpo.workflow import run_training
 
-    with running(run), TerminalProgress() as progress:
-        figures = asyncio.run(run_training(config, run, progress, model, chat, toolbox, data))
+    with running(run), TerminalProgress(None if ranks.main else Console(quiet=True)) as progress:
+        figures = asyncio.run(run_training(config, run, progress, model, chat, toolbox, data, ranks))
         if figures:
             run.save_summary({config.method.name: figures})
         run.end()
-    if figures:
+    if figures and ranks.main:
         show({config.method.name: figures})
-    typer.echo(f"run folder: {shown(run.folder)}")
+    if ranks.main:
+        typer.echo(f"run folder: {shown(run.folder)}")
 
 
 def _trajectory_tree(trajectory: "Trajectory", chat: "Chat", toolbox: "Toolbox") -> "RolloutTree":

@@ -5,7 +5,6 @@ Torch and transformers are imported by the functions that need them, so that hel
 
 import itertools
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from axpo.config import Config, ConfigError, load_config
 from axpo.diagnostics.alarms import AlarmStop
+from axpo.launch import LOST
 from axpo.progress import summary_table
 
 if TYPE_CHECKING:
@@ -53,6 +53,13 @@ def command() -> Iterator[None]:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
         raise typer.Exit(2) from None
+    except RuntimeError as error:
+        from axpo.parallel import RankError, RankLostError
+
+        if not isinstance(error, RankError):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(LOST if isinstance(error, RankLostError) else 1) from None
     finally:
         logger.removeHandler(handler)
 
@@ -103,8 +110,10 @@ def prepare(config: Config) -> "tuple[Chat, Toolbox]":
     from transformers.utils import logging as transformers_logging
 
     from axpo import build
+    from axpo.adapters import check_adapters
     from axpo.chat import ChatError
 
+    check_adapters(config.lora)
     # The loading bars and advice of these libraries are for people who call them themselves.
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -172,10 +181,15 @@ def refuse(overrides: Sequence[str], reasons: Mapping[str, str]) -> None:
             raise ConfigError(f"{key}: cannot be given here; {reason}")
 
 
-def new_run(config: Config, command: str) -> "Run":
-    """Make the run folder of a command. Raises ConfigError where it cannot be."""
-    from axpo.run import Run
+def new_run(config: Config, command: str, follows: bool = False) -> "Run":
+    """Make the run folder of a command, which another process makes where this one only follows.
 
+    Raises ConfigError where it cannot be.
+    """
+    from axpo.run import FollowedRun, Run
+
+    if follows:
+        return FollowedRun(config.output)
     try:
         return Run(config, command)
     except OSError as error:
@@ -189,7 +203,7 @@ def load_model(config: Config, run: "Run") -> "PreTrainedModel":
     try:
         return build.load_model(config)
     except BaseException:
-        shutil.rmtree(run.folder)  # nothing has run: the folder would only be in the way of the next attempt
+        run.discard()
         raise
 
 

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 def problems(config: "Config") -> list[str]:
     """All that does not fit together in a config whose every option is right by itself."""
-    return [*_method_problems(config), *_group_problems(config), *_other_problems(config)]
+    return [
+        *_method_problems(config),
+        *_group_problems(config),
+        *_parallel_problems(config),
+        *_other_problems(config),
+    ]
 
 
 def _method_problems(config: "Config") -> list[str]:
@@ -77,6 +82,37 @@ def _round_up(value: Fraction) -> str:
         if scaled * value.denominator == value.numerator * 10**decimals:
             break
     return f"{scaled / 10**decimals:.{decimals}f}"
+
+
+def _parallel_problems(config: "Config") -> list[str]:
+    parallel, questions, found = config.parallel, config.rollout.questions, []
+    if parallel.processes > questions:
+        found.append(
+            f"parallel.processes: got {parallel.processes}, must be at most rollout.questions = {questions}: "
+            "each process draws the rollouts of questions of its own"
+        )
+    if parallel.processes > 1:
+        for key in ("adaptive_budget", "dynamic_sampling"):
+            if given := getattr(config.method, key):
+                found.append(
+                    f"method.{key}: got {given:g}, but with parallel.processes = {parallel.processes} must be 0: "
+                    "what one group's rollouts decide for others is decided in one process only"
+                )
+        if config.device not in ("cpu", "cuda"):
+            found.append(
+                f"device: got {config.device!r}, but with parallel.processes = {parallel.processes} must be cuda, "
+                "of which each process takes one, or cpu"
+            )
+    elif parallel.sharding == "full":
+        found.append("parallel.sharding: got 'full', but parallel.processes = 1 has nobody to share with; must be none")
+    if parallel.offload and config.device == "cpu":
+        found.append("parallel.offload: got true, but with device = cpu all is in the host's memory; must be false")
+    if parallel.offload and parallel.sharding == "full":
+        found.append(
+            "parallel.offload: got true, but with parallel.sharding = full the optimizer is divided among the "
+            "GPUs; must be false"
+        )
+    return found
 
 
 def _other_problems(config: "Config") -> list[str]:

@@ -1,9 +1,9 @@
 """Training by reinforcement: roll out, fork, credit, pack, step."""
 
-import copy
 import random
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,12 @@ from axpo.drawing import Drawing
 from axpo.loss import kl_k3, policy_loss, token_weights
 from axpo.methods import METHODS
 from axpo.optimizer import Optimizer
-from axpo.packing import Pack, PackInputs, forward_logprobs, pack_logprobs, pack_trees
-from axpo.policy import PolicyError, banned_tokens, update_forward
+from axpo.packing import Pack, PackInputs, forward_logprobs, idle_pack, pack_logprobs, pack_trees
+from axpo.parallel import ALONE, Ranks, in_order
+from axpo.policy import PolicyError, banned_tokens, restore_weights, update_forward
 from axpo.questions import Question
+from axpo.reference import Reference
+from axpo.sharding import shard
 from axpo.tree import RolloutTree
 
 TRAINING = 0  # keeps its random numbers apart from those of evaluation
@@ -31,47 +34,72 @@ class Trainer:
     """Holds what lasts from step to step: the policy, its frozen reference, the optimizer.
 
     The agent's engine generates with `model` itself. The reference is the policy as it is given (the SFT checkpoint).
+    Over several processes (`ranks`) each has all of this, draws and learns from its share of a step's questions, and
+    what it learns is added up.
     """
 
-    def __init__(self, config: Config, agent: Agent, model: PreTrainedModel, questions: Sequence[Question]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        agent: Agent,
+        model: PreTrainedModel,
+        questions: Sequence[Question],
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.config = config
+        self.ranks = ranks
         self.agent = agent
         self.questions = questions
         self.method = METHODS[config.method.name]
         self.kept = 0  # rollouts that an adaptive budget has left over
         self.done: int | None = 0  # the steps that made the weights; None while an update moves them
         self.model = model
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if config.method.kl > 0 else None
+        parallel, train = config.parallel, config.train
+        self.shared = parallel.sharding == "full"
+        self.reference = Reference(model, parallel.offload, self.shared) if config.method.kl > 0 else None
         # Enough to tell weights apart: the sum of each parameter of the policy that training starts from.
         self.start = torch.stack([p.detach().sum(dtype=torch.float64) for p in model.parameters()]).cpu()
         self.banned = banned_tokens(agent.chat, self.model)
-        train = config.train
+        if self.shared:
+            shard(model)
         self.optimizer = Optimizer(
-            self.model, train.learning_rate, train.warmup_steps, train.weight_decay, train.grad_clip
+            model,
+            train.learning_rate,
+            train.warmup_steps,
+            train.weight_decay,
+            train.grad_clip,
+            offload=parallel.offload,
         )
+        agent.engine.update_weights()
 
     async def step(self, number: int) -> tuple[list[RolloutTree], Figures]:
-        """One training step (AXPO.md, section 3); `number` counts from 0. Returns its trees and its figures."""
+        """One training step (AXPO.md, section 3); `number` counts from 0.
+
+        Returns the trees and the figures of all ranks; no trees but on rank 0.
+        """
         started = time.perf_counter()
         drawing = await self.roll_out(number)
-        trees = drawing.trees
         self.agent.engine.sleep()
         rolled_out = time.perf_counter()
-        for tree in trees:
+        for tree in drawing.drawn.values():
             self.method.credit(tree, self.config.method)
+        self.ranks.meet()
         self.done = None
-        figures = self.update(trees)
+        figures = self.update(drawing.drawn)
         self.kept, self.done = drawing.kept, number + 1
         self.agent.engine.update_weights()
         ended = time.perf_counter()
+        trees = in_order(self.ranks.to_main(drawing.drawn))
+        measured = self.ranks.of_main(measure(trees, self.config.method.threshold))
         seconds = {"rollout_seconds": rolled_out - started, "update_seconds": ended - rolled_out}
-        return trees, {"step": number + 1, **measure(trees, self.config.method.threshold), **figures, **seconds}
+        return trees, {"step": number + 1, **measured, **figures, **seconds}
 
     async def roll_out(self, number: int) -> Drawing:
         """What a step draws: N rollouts of every question, and what the method makes of them."""
         spare = self.spare(number) if self.config.method.dynamic_sampling else []
         seed = (TRAINING, self.config.seed, number)
-        drawing = Drawing(self.agent, self.batch(number), self.config.group_size, seed, spare, self.kept)
+        size = self.config.group_size
+        drawing = Drawing(self.agent, self.batch(number), size, seed, spare, self.kept, self.ranks)
         self.method.explore(drawing, self.config.method)
         await drawing.ended()
         return drawing
@@ -84,22 +112,24 @@ class Trainer:
         return {
             "steps": self.done,
             "kept": self.kept,
-            "optimizer": self.optimizer.state(),
+            "optimizer": self.optimizer.state(keep=self.ranks.main),
             "start": self.start,
-            "random": random_state(),
+            "random": self.ranks.all(random_state()),
         }
 
-    def restore(self, state: Mapping[str, Any], weights: PreTrainedModel) -> None:
-        """Go on from what `state` returned, with the weights of then.
+    def restore(self, state: Mapping[str, Any], checkpoint: Path) -> None:
+        """Go on from what `state` returned, with the weights of then, which lie in a checkpoint.
 
         Raises PolicyError where the policy that this trainer was made with is not the one that training started from.
         """
         if state["start"].shape != self.start.shape or not torch.allclose(state["start"], self.start, rtol=1e-6):
             raise PolicyError("model: holds other weights than those that the run started from, which it still needs")
-        self.model.load_state_dict(weights.state_dict())
+        self.agent.engine.sleep()
+        restore_weights(self.model, checkpoint)
+        self.agent.engine.update_weights()
         self.done, self.kept = state["steps"], state["kept"]
         self.optimizer.restore(state["optimizer"])
-        restore_random_state(state["random"])
+        restore_random_state(state["random"][self.ranks.rank])
 
     def batch(self, number: int) -> list[Question]:
         """The questions of a step: each epoch goes through all of them once, in an order of its own."""
@@ -116,34 +146,46 @@ class Trainer:
         order = np.random.default_rng([self.config.seed, TRAINING, number]).permutation(len(self.questions))
         return [self.questions[i] for i in order if self.questions[i].id not in taken]
 
-    def update(self, trees: Sequence[RolloutTree]) -> Figures:
-        """One optimizer step for each minibatch of questions (eq. 5)."""
+    def update(self, trees: Mapping[int, RolloutTree]) -> Figures:
+        """One optimizer step for each minibatch of the step's questions (eq. 5): of them these trees, by their places,
+        are this process's."""
         if self.config.method.dynamic_sampling:
-            trees = [tree for tree in trees if not one_outcome(tree)]
-        size = -(-len(trees) // self.config.train.minibatches)
-        parts = [trees[start : start + size] for start in range(0, len(trees), max(1, size))]
+            taught = [tree for tree in trees.values() if not one_outcome(tree)]
+            trees = dict(enumerate(taught))
+        count = sum(self.ranks.all(len(trees)))
+        size = max(1, -(-count // self.config.train.minibatches))
+        starts = range(0, count, size)
+        parts = [[tree for place, tree in trees.items() if place // size == start // size] for start in starts]
         packs = [pack_trees(part, self.agent.chat, self.config.train.pack_tokens) for part in parts]
+        packed = sum(len(pack.ids) for part in packs for pack in part)
+        if self.shared:  # a forward is of all ranks: they have equally many
+            most = [max(numbers) for numbers in zip(*self.ranks.all([len(part) for part in packs]), strict=True)]
+            idle = idle_pack(self.agent.chat)
+            packs = [[*part, *([idle] * (number - len(part)))] for part, number in zip(packs, most, strict=True)]
         # Of the first minibatch they are found with its own forward; the others' before any weight moves.
         known = [[self.old_logprobs(pack, moved=index > 0) for pack in part] for index, part in enumerate(packs)]
+        tokens = [sum(len(pack.targets) for pack in part) for part in packs]
+        totals = [int(total) for total in self.ranks.sum(tokens)]  # the loss is a mean over all ranks' tokens
         losses, norms, divergences = [], [], []
-        for questions, part, fixed in zip(parts, packs, known, strict=True):
-            if not part:
+        for start, part, fixed, total in zip(starts, packs, known, totals, strict=True):
+            if not total:
                 continue
-            rollouts = len(questions) * self.config.group_size
-            total = sum(len(pack.targets) for pack in part)
+            rollouts = min(size, count - start) * self.config.group_size
             for pack, old in zip(part, fixed, strict=True):
                 loss, divergence = self.loss(pack, old, rollouts, total)
                 loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.item())
-                divergences.append((divergence, len(pack.targets)))
+                divergences.append(divergence)
+            if not self.shared:
+                self.ranks.sum_gradients(self.optimizer.parameters)
             norms.append(self.optimizer.step())
-        trained = sum(count for _, count in divergences)
+        loss_sum, divergence_sum, packed_sum = self.ranks.sum([sum(losses), sum(divergences), packed])
         return {
-            "loss": sum(losses),
-            "kl": sum(kl * count for kl, count in divergences) / trained if trained else None,
+            "loss": loss_sum,
+            "kl": divergence_sum / sum(totals) if sum(totals) else None,
             "grad_norm": max(norms, default=None),
-            "trained_tokens": trained,
-            "packed_tokens": sum(len(pack.ids) for part in packs for pack in part),
+            "trained_tokens": sum(totals),
+            "packed_tokens": int(packed_sum),
         }
 
     def old_logprobs(self, pack: Pack, moved: bool) -> Tensor | None:
@@ -166,13 +208,13 @@ class Trainer:
             return pack_logprobs(self.model, pack, self.agent.chat, self.banned, self.config.rollout.temperature)
 
     def loss(self, pack: Pack, old: Tensor | None, rollouts: int, total_tokens: int) -> tuple[Tensor, float]:
-        """The pack's share of the loss, and its mean KL to the reference (0 without one)."""
+        """The pack's share of the loss, and the sum of its tokens' KL to the reference (0 without one)."""
         options, train, temperature = self.config.method, self.config.train, self.config.rollout.temperature
         inputs = PackInputs.of(pack, self.agent.chat, self.model.device)
         reference = None
         if self.reference is not None:
-            with torch.no_grad(), update_forward(self.reference, autocast=train.autocast):
-                reference = forward_logprobs(self.reference, inputs, self.banned, temperature)
+            with torch.no_grad(), self.reference.present() as model, update_forward(model, autocast=train.autocast):
+                reference = forward_logprobs(model, inputs, self.banned, temperature)
         with update_forward(self.model, train.gradient_checkpointing, train.autocast):
             logprobs = forward_logprobs(self.model, inputs, self.banned, temperature)
         old, advantages = (logprobs.detach() if old is None else old.to(logprobs)), pack.advantages.to(logprobs)
@@ -188,7 +230,7 @@ class Trainer:
             kl=options.kl,
             surrogate=self.method.loss,
         )
-        divergence = 0.0 if reference is None else kl_k3(logprobs.detach(), reference).mean().item()
+        divergence = 0.0 if reference is None else kl_k3(logprobs.detach(), reference).sum().item()
         return loss, divergence
 
 

@@ -25,6 +25,7 @@ from axpo.engines.kv import PathCache
 from axpo.engines.pictures import Part, Pictures
 from axpo.engines.sampling import entropy, sample
 from axpo.policy import banned_tokens, forward_logits, vocabulary_size
+from axpo.sharding import gather, scatter
 
 logger = logging.getLogger(__name__)
 
@@ -130,16 +131,24 @@ class LocalEngine:
             self._changed.set()
 
     def sleep(self) -> None:
-        """Give the memory of keys, values and image features back. Raises RuntimeError with requests in flight."""
+        """Give the memory of keys, values and image features back, and that of weights which other processes hold too.
+
+        Raises RuntimeError with requests in flight.
+        """
         self._drop_cancelled()
         if self._jobs:
             raise RuntimeError(f"the engine cannot sleep while {len(self._jobs)} generations are in flight")
         self._cache.reset()
         self._pictures.reset()
+        scatter(self._model)
 
     def update_weights(self) -> None:
-        """Forget keys, values and image features of the old weights. Raises RuntimeError with requests in flight."""
+        """Forget keys, values and image features of the old weights, and gather the new ones where they are shared.
+
+        Raises RuntimeError with requests in flight.
+        """
         self.sleep()
+        gather(self._model)
 
     # Driving
 
