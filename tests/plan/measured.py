@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen3VLConfig
 
+from axpo.adapters import add_adapters
 from axpo.config import load_config
 from axpo.credit import credit_axpo
-from axpo.policy import use_tree_attention
+from axpo.policy import freeze_vision, use_tree_attention
 from axpo.trainer import Trainer
 from axpo.tree import Image, Kind, Outcome, RolloutTree, StopReason
 
@@ -97,13 +98,16 @@ def update_peak(model_config: Qwen3VLConfig, trees: Sequence[RolloutTree], overr
     """The most that a model, its reference, its optimizer and an update on these trees take; the optimizer has stepped
     before, so that its state is there."""
     config = load_config(None, ["rollout.questions=2", "rollout.rollouts=6", "method.name=grpo", *overrides])
-    agent: Any = SimpleNamespace(chat=NoiseChat(), engine=None)
+    agent: Any = SimpleNamespace(chat=NoiseChat(), engine=SimpleNamespace(update_weights=lambda: None))
 
     def run() -> None:
         model = make_model(model_config, getattr(torch, config.dtype))
-        model.model.visual.requires_grad_(config.train.vision)
+        if not config.train.vision:
+            freeze_vision(model)
+        if config.lora.rank:
+            add_adapters(model, config.lora, seed=0)
         trainer = Trainer(config, agent, model, [])
-        trainer.update([make_tree(9, 2, 80, 2)])
-        trainer.update(trees)
+        trainer.update({0: make_tree(9, 2, 80, 2)})
+        trainer.update(dict(enumerate(trees)))
 
     return peak_bytes(run)

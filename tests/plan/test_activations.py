@@ -4,11 +4,12 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from plan.measured import NoiseChat, make_model, make_tree, wide_config
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from axpo.adapters import add_adapters
+from axpo.options_size import LoraConfig
 from axpo.packing import PackInputs, forward_logprobs, pack_trees
 from axpo.plan.activations import Batch, Compute, activations, head_bytes
 from axpo.plan.shapes import shape_of
@@ -63,8 +64,7 @@ def test_autocast_keeps_copies_of_the_weights(checkpointing: bool):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_keep_what_they_read(dtype: torch.dtype):
     model = make_model(wide_config(), dtype)
-    model.requires_grad_(False)
-    get_peft_model(model.model.language_model, LoraConfig(r=RANK, target_modules="all-linear"))
+    add_adapters(model, LoraConfig(rank=RANK), seed=0)
     compute = Compute(dtype.itemsize, vision=False, rank=RANK)
     planned = activations(shape_of(wide_config()), BATCH, compute).saved
     assert planned == pytest.approx(saved_bytes(model, False, False), rel=0.02)

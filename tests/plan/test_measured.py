@@ -31,7 +31,6 @@ def test_the_peak_of_an_update(dtype: str, checkpointing: str):
 
 
 def test_the_peak_with_an_output_head_of_its_own_and_a_frozen_tower():
-    """The tower is frozen by hand: the plan reckons with `train.vision`."""
     overrides = ["train.vision=false", "train.pack_tokens=800", "method.kl=0"]
     _, total = planned(overrides, LENGTH, tied=False)
     trees = [make_tree(n, ROLLOUTS, PROMPT, LENGTH) for n in range(2)]
@@ -44,4 +43,12 @@ def test_the_peak_of_an_optimizer_step():
     name, total = planned(overrides, 2)
     assert name == "optimizer"
     trees = [make_tree(n, ROLLOUTS, PROMPT, 2) for n in range(2)]
+    assert total == pytest.approx(update_peak(wide_config(), trees, overrides), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peak_with_adapters(dtype: str):
+    overrides = [f"dtype={dtype}", "lora.rank=8", "train.pack_tokens=800"]
+    _, total = planned(overrides, LENGTH)
+    trees = [make_tree(n, ROLLOUTS, PROMPT, LENGTH) for n in range(2)]
     assert total == pytest.approx(update_peak(wide_config(), trees, overrides), rel=0.1)

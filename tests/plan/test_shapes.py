@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from plan.measured import make_model, wide_config
 from plan.published import CONFIGS, write_checkpoint
 
 from axpo import build
+from axpo.adapters import add_adapters
 from axpo.config import Config, ConfigError, load_config
+from axpo.options_size import LoraConfig
 from axpo.plan.shapes import image_pixels, load_shape, shape_of
 
 
@@ -51,12 +52,10 @@ def test_the_miniature_has_as_many_as_its_weights():
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
-def test_adapters_are_counted_as_peft_makes_them(targets: str | list[str]):
+def test_adapters_are_counted_as_they_are_made(targets: str | list[str]):
     model = make_model(wide_config(), torch.float32)
-    named = "all-linear" if targets == "all-linear" else targets
-    text = model.model.language_model
-    adapted = get_peft_model(text, LoraConfig(r=8, target_modules=named))
-    made = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    add_adapters(model, LoraConfig(rank=8, targets=targets), seed=0)
+    made = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert shape_of(wide_config()).adapters(8, targets) == made > 0
 
 

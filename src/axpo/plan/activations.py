@@ -75,17 +75,14 @@ def layer_bytes(shape: Shape, compute: Compute) -> int:
 
     Two norms of H, one of Q and one of K (before the rotary positions), and what they give to the products of H; the
     rotated query and key, the value, attention's output and its log-sum-exps; gate, its SiLU, up and their product.
-    A frozen product saves nothing, but an adapter on it saves what it reads: in float32, as adapters are.
+    A frozen product saves nothing, but an adapter on it saves the same, and the few numbers between its two matrices.
     """
     h, q, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
     e = compute.product
     norms = 2 * _norm_bytes(h, compute) + _norm_bytes(q, compute, False) + _norm_bytes(k, compute, False)
     norms += FLOAT32 * (2 + shape.heads + shape.key_heads)  # the reciprocal roots
     attention = (2 * q + 2 * k) * e + FLOAT32 * shape.heads
-    read = (2 * h + i) * e  # attention's output, which the next product reads too, is counted above
-    if compute.rank:
-        read = 7 * compute.rank * FLOAT32
-        read += (5 * h + q + i) * FLOAT32 if e < FLOAT32 else (2 * h + i) * FLOAT32
+    read = (2 * h + i + 7 * compute.rank) * e  # attention's output, which the next product reads too, counts above
     return norms + attention + read + 3 * i * e
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from axpo.config import Config
-from axpo.plan.activations import FLOAT32, Activations, Batch, Compute, activations
+from axpo.plan.activations import FLOAT32, Activations, Batch, Compute, activations, layer_bytes
 from axpo.plan.shapes import Shape
 
 GIB = 2**30
@@ -56,26 +56,24 @@ class Sizes:
         e, rank = itemsize(config), config.lora.rank
         processes = config.parallel.processes
         share = processes if config.parallel.sharding == "full" else 1
-        adapters = shape.adapters(rank, config.lora.targets) * FLOAT32 if rank else 0
+        adapters = shape.adapters(rank, config.lora.targets) * e if rank else 0
         whole = shape.parameters * e + adapters
         numbers = trained(config, shape)
-        gradients = numbers * FLOAT32 if rank else numbers * e
-        copied = e < FLOAT32 and not rank  # stepped in float32 copies (optimizer.py)
-        moments = 2 * numbers * FLOAT32
+        copies = FLOAT32 if e < FLOAT32 or config.parallel.offload else 0  # what is stepped (optimizer.py)
         # The copies' gradients; on CUDA also the roots of the second moments, of all weights at once.
-        stepping = numbers * FLOAT32 * (copied + (config.device.startswith("cuda")))
+        stepping = copies + (FLOAT32 if config.device.startswith("cuda") and not config.parallel.offload else 0)
         refers = not tuning and config.method.kl > 0 and not rank
-        layers = 2 * shape.layer_parameters  # one computes, the next is fetched
-        gathered = (layers + shape.embedding_parameters) * e
-        if not rank:
-            gathered += (shape.layer_parameters + shape.embedding_parameters) * e  # their gradients
+        # All but the layers is gathered for the whole update; of the layers one computes and the next is fetched
+        # (sharding.py). A layer's gradients are whole until they are added up, in float32.
+        outer = shape.parameters - shape.layers * shape.layer_parameters
+        gathered = (outer + 2 * shape.layer_parameters) * e + (0 if rank else shape.layer_parameters * (e + FLOAT32))
         return Sizes(
             whole=whole,
             weights=whole // share,
-            gradients=gradients // share,
-            optimizer=(moments + copied * numbers * FLOAT32) // share,
+            gradients=numbers * e // share,
+            optimizer=numbers * (2 * FLOAT32 + copies) // share,
             reference=shape.parameters * e // share if refers else 0,
-            stepping=stepping // share,
+            stepping=numbers * stepping // share,
             gathered=gathered if share > 1 else 0,
         )
 
@@ -105,40 +103,22 @@ def compute_of(config: Config) -> Compute:
 
 def moments(config: Config, shape: Shape, batch: Batch, gpu_memory: int | None, tuning: bool = False) -> list[Moment]:
     """The moments of a step that can take most; `gpu_memory` in bytes, None where it is not known."""
-    sizes, work = Sizes.of(config, shape, tuning), activations(shape, batch, compute_of(config))
+    sizes, compute = Sizes.of(config, shape, tuning), compute_of(config)
+    work = activations(shape, batch, compute)
     away = config.parallel.offload
-    context = CONTEXT if config.device.startswith("cuda") else 0
-    lasting = {"weights": sizes.weights, "CUDA context": context}
-    update = _update(work)
-    found = [
-        Moment(
-            "update",
-            lasting
-            | update
-            | {
-                "gathered weights": sizes.gathered,
-                "gradients": sizes.gradients,
-                "optimizer": 0 if away else sizes.optimizer,
-                "reference policy": sizes.reference,
-            },
-        ),
-        Moment(
-            "optimizer",
-            lasting
-            | {
-                "gradients": sizes.gradients,
-                "optimizer": sizes.optimizer + sizes.stepping,
-                "reference policy": 0 if away else sizes.reference,
-            },
-        ),
-    ]
-    if tuning:
-        return found
+    lasting = {"weights": sizes.weights, "CUDA context": CONTEXT if config.device.startswith("cuda") else 0}
     resting = {
         "optimizer": 0 if away else sizes.optimizer,
         "reference policy": 0 if away else sizes.reference,
     }
-    return [Moment("rollout", lasting | resting | _generating(config, shape, sizes, gpu_memory)), *found]
+    held = lasting | resting | {"gradients": sizes.gradients}
+    found = [] if tuning else [Moment("rollout", lasting | resting | _generating(config, shape, sizes, gpu_memory))]
+    if away and sizes.reference:  # it comes for its forward, which saves nothing, and goes before the policy's
+        forward = {"activations": batch.tokens * layer_bytes(shape, compute)}
+        found.append(Moment("reference", held | {"reference policy": sizes.reference} | forward))
+    found.append(Moment("update", held | _update(work) | {"gathered weights": sizes.gathered}))
+    stepped = 0 if away else sizes.optimizer + sizes.stepping
+    return [*found, Moment("optimizer", held | {"optimizer": stepped})]
 
 
 def _update(work: Activations) -> dict[str, int]:
@@ -173,12 +153,11 @@ def vllm_least(config: Config, shape: Shape) -> int:
 def host_bytes(config: Config, shape: Shape, tuning: bool = False) -> int:
     """Memory of the host that all processes take together. On the CPU the device's memory comes on top.
 
-    Every process opens the whole checkpoint before it goes to its GPU; later what is offloaded, and the weights of a
-    vLLM that sleeps, lie there. Shards are gathered in one process to be saved.
+    Every process opens the whole checkpoint before it goes to its GPU; later what is offloaded lies there, and the
+    gradients that it is stepped with. Shards are gathered in one process to be saved.
     """
     sizes, processes = Sizes.of(config, shape, tuning), config.parallel.processes
-    away = sizes.optimizer + sizes.reference if config.parallel.offload else 0
-    sleeping = sizes.whole if not tuning and config.engine.name == "vllm" and not config.vllm.servers else 0
+    away = sizes.optimizer + sizes.stepping + sizes.reference if config.parallel.offload else 0
     gather = sizes.whole if config.parallel.sharding == "full" and processes > 1 else 0
     loading = sizes.whole if config.device.startswith("cuda") else 0
-    return processes * (PROCESS + max(loading, away + sleeping)) + gather
+    return processes * (PROCESS + max(loading, away)) + gather

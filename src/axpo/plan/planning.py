@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from axpo.config import Config
+from axpo.options_size import ParallelConfig
 from axpo.plan.activations import Batch
 from axpo.plan.memory import GIB, USABLE, Moment, Sizes, host_bytes, moments, vllm_least
 from axpo.plan.shapes import Shape
@@ -53,6 +54,8 @@ def make_plan(config: Config, shape: Shape, pixels: int, gpu_memory: int | None)
     """The plan of `axpo train`, or of `axpo sft` for a config that has data for that alone. `pixels` are those of the
     largest image, `gpu_memory` is in bytes."""
     tuning = config.data.train is None and config.data.sft is not None
+    if tuning:
+        config = config.model_copy(update={"parallel": ParallelConfig()})  # it runs in one process
     step = (tuning_step if tuning else training_step)(config, shape, pixels)
     batch = largest_pack(config, step)
     return Plan(
@@ -114,7 +117,8 @@ def _knobs(plan: Plan, pixels: int) -> Iterator[tuple[str, Config]]:
         yield from _first_fitting(plan, pixels, "vllm", "memory", _SHARE, 0.95)
     if not config.train.gradient_checkpointing:
         yield _set(config, "train", "gradient_checkpointing", True)
-    if config.parallel.processes > 1 and config.parallel.sharding == "none":
+    offload, sharded = config.parallel.offload, config.parallel.sharding == "full"
+    if config.parallel.processes > 1 and not sharded and not offload:
         yield _set(config, "parallel", "sharding", "full")
     if plan.peak.name == "rollout" and config.engine.name == "local":
         yield from less("engine", "kv_memory", 0.5, _LEAST * config.engine.kv_memory)
@@ -122,7 +126,7 @@ def _knobs(plan: Plan, pixels: int) -> Iterator[tuple[str, Config]]:
         yield from less("vllm", "memory", _SHARE, _SHARE)
     if config.train.pack_tokens > plan.step.tree:
         yield from less("train", "pack_tokens", _STEP, _LEAST * config.train.pack_tokens)
-    if not config.parallel.offload:
+    if not (plan.tuning or offload or sharded) and config.device != "cpu":
         yield _set(config, "parallel", "offload", True)
     if plan.batch.tokens == plan.step.tree:
         yield from less("rollout", "max_context", _STEP, max(2, _LEAST * config.rollout.max_context))
