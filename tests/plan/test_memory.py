@@ -65,11 +65,11 @@ def test_a_frozen_tower_has_no_gradients():
     assert parts["weights"] == 4 * ALL
 
 
-def test_adapters_are_trained_in_float32():
+def test_adapters_have_the_models_dtype_and_float32_copies():
     parts = by_name(config("lora.rank=8", "dtype=bfloat16"))["update"].parts
     adapters = 100 * 8 * 2000
-    assert parts["weights"] == 2 * ALL + 4 * adapters
-    assert (parts["gradients"], parts["optimizer"]) == (4 * adapters, 8 * adapters)
+    assert parts["weights"] == 2 * (ALL + adapters)
+    assert (parts["gradients"], parts["optimizer"]) == (2 * adapters, 12 * adapters)
 
 
 def test_shards():
@@ -78,21 +78,22 @@ def test_shards():
     for part in "weights", "gradients", "optimizer", "reference policy":
         assert sharded["update"].parts[part] == alone["update"].parts[part] // 4
     assert sharded["update"].parts["activations"] == alone["update"].parts["activations"]
-    # Two layers and the embeddings whole, and the gradients of a layer and of the embeddings.
-    assert sharded["update"].parts["gathered weights"] == 2 * (2 + 1 + 1 + 1) * 10**7
+    # All but the layers and two layers, 80 million weights, and a layer's gradients in both precisions.
+    assert sharded["update"].parts["gathered weights"] == 2 * 8 * 10**7 + (2 + 4) * 10**7
     # The local engine generates with all weights at once.
     assert sharded["rollout"].parts["gathered weights"] == 2 * ALL
-    assert not alone["rollout"].parts["gathered weights"]
+    assert not alone["update"].parts["gathered weights"]
 
 
 def test_offload():
-    found = by_name(config("parallel.offload=true"))
-    assert not found["rollout"].parts["optimizer"]
-    assert not found["rollout"].parts["reference policy"]
-    assert not found["update"].parts["optimizer"]
-    assert found["update"].parts["reference policy"] == 4 * ALL
-    assert found["optimizer"].parts["optimizer"] == 8 * ALL
-    assert host_bytes(config("parallel.offload=true"), SHAPE) == PROCESS + 12 * ALL
+    """The optimizer steps on the host, and the reference comes for its own forward alone."""
+    given = config("parallel.offload=true", "device=cuda")
+    found = by_name(given)
+    assert list(found) == ["rollout", "reference", "update", "optimizer"]
+    assert all(not moment.parts["optimizer"] for moment in found.values())
+    assert [moment.parts["reference policy"] for moment in found.values()] == [0, 4 * ALL, 0, 0]
+    assert host_bytes(given, SHAPE) == PROCESS + (4 + 8 + 4 + 4) * ALL  # copies, moments, their gradients, reference
+    assert host_bytes(config("device=cuda"), SHAPE) == PROCESS + 4 * ALL  # the checkpoint while it is opened
 
 
 def test_vllm_takes_its_share_of_the_gpu():
@@ -128,10 +129,10 @@ def test_nothing_is_judged_without_memory_and_nothing_refused_that_fits():
     [
         ([], "train.gradient_checkpointing=true"),
         (["train.gradient_checkpointing=true", "parallel.processes=8"], "parallel.sharding=full"),
-        (["train.gradient_checkpointing=true"], "parallel.offload=true"),
+        (["train.gradient_checkpointing=true", "device=cuda"], "parallel.offload=true"),
         (["train.gradient_checkpointing=true", "train.pack_tokens=200000"], "train.pack_tokens="),
         (["train.gradient_checkpointing=true", "engine.kv_memory=60"], "engine.kv_memory="),
-        (["train.gradient_checkpointing=true", "parallel.offload=true"], "rollout.max_context="),
+        (["train.gradient_checkpointing=true"], "rollout.max_context="),
     ],
 )
 def test_the_smallest_change_that_helps_is_named(overrides: list[str], knob: str):
