@@ -55,7 +55,8 @@ def make_plan(config: Config, shape: Shape, pixels: int, gpu_memory: int | None)
     largest image, `gpu_memory` is in bytes."""
     tuning = config.data.train is None and config.data.sft is not None
     if tuning:
-        config = config.model_copy(update={"parallel": ParallelConfig()})  # it runs in one process
+        alone = ParallelConfig(offload=config.parallel.offload)  # it runs in one process
+        config = config.model_copy(update={"parallel": alone})
     step = (tuning_step if tuning else training_step)(config, shape, pixels)
     batch = largest_pack(config, step)
     return Plan(
@@ -126,7 +127,7 @@ def _knobs(plan: Plan, pixels: int) -> Iterator[tuple[str, Config]]:
         yield from less("vllm", "memory", _SHARE, _SHARE)
     if config.train.pack_tokens > plan.step.tree:
         yield from less("train", "pack_tokens", _STEP, _LEAST * config.train.pack_tokens)
-    if not (plan.tuning or offload or sharded) and config.device != "cpu":
+    if not (offload or sharded) and config.device != "cpu":
         yield _set(config, "parallel", "offload", True)
     if plan.batch.tokens == plan.step.tree:
         yield from less("rollout", "max_context", _STEP, max(2, _LEAST * config.rollout.max_context))
