@@ -196,7 +196,7 @@ def vllm_share(plan: Plan) -> int:
 
 def gib(size: float) -> str:
     """Bytes in the unit that suits them."""
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
-        if size >= 0.1 * unit:
+    for least, unit, name in ((0.1 * GIB, GIB, "GiB"), (2**20, 2**20, "MiB")):
+        if size >= least:
             return f"{size / unit:,.1f} {name}"
     return f"{size / 2**10:,.1f} KiB"
