@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 import pytest
-from plan.measured import GRID, make_tree, update_peak, wide_config
+import torch
+from plan.measured import GRID, make_model, make_tree, update_peak, wide_config
 
 from axpo.config import load_config
+from axpo.optimizer import Optimizer
 from axpo.plan.activations import Batch
 from axpo.plan.memory import moments
 from axpo.plan.shapes import shape_of
@@ -52,3 +54,12 @@ def test_the_peak_with_adapters(dtype: str):
     _, total = planned(overrides, LENGTH)
     trees = [make_tree(n, ROLLOUTS, PROMPT, LENGTH) for n in range(2)]
     assert total == pytest.approx(update_peak(wide_config(), trees, overrides), rel=0.1)
+
+
+def test_no_gradient_outlives_the_step():
+    """Those of the float32 copies would take 4 bytes a weight of every update."""
+    model = make_model(wide_config(), torch.bfloat16)
+    optimizer = Optimizer(model, 1e-3)
+    model.model.language_model.norm.weight.grad = torch.ones(256, dtype=torch.bfloat16)
+    optimizer.step()
+    assert all(p.grad is None for p in (*optimizer.parameters, *optimizer.copies.values()))

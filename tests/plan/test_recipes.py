@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from commands import succeed
+from commands import axpo, succeed
 from plan.published import CONFIGS, write_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
@@ -93,6 +93,21 @@ def test_the_command_plans_a_recipe(recipe: str, tmp_path: Path):
     folder = write_checkpoint(tmp_path / "model", CONFIGS[model_of(recipe)])
     result = succeed("plan", EXAMPLES / f"{recipe}.yaml", f"model={folder}", "--gpu-memory", 80)
     assert "It fits" in result.stdout
+
+
+def test_the_manual_shows_what_the_command_prints(tmp_path: Path):
+    folder = write_checkpoint(tmp_path / "model", CONFIGS["qwen3_vl_8b"])
+    given = (EXAMPLES / "qwen3_vl_8b.yaml", f"model={folder}", "--gpu-memory")
+    manual = (EXAMPLES.parent / "docs" / "plan.md").read_text()
+    shown = [line.strip() for line in manual.splitlines() if line.startswith("    ") and "axpo plan" not in line]
+    printed = [line.strip() for line in succeed("plan", *given, 80).stdout.splitlines()]
+    fits = shown.index("It fits: the update takes 56.9 GiB, and 76.0 GiB can be used.")
+    assert fits > 9
+    assert set(shown[: fits + 1]) <= {*printed, "…"}
+    refused = axpo("plan", *given, 48)
+    assert refused.exit_code == 1
+    (error,) = (" ".join(shown[i : i + 2]) for i, line in enumerate(shown) if line.startswith("error: "))
+    assert refused.stderr.strip() == error
 
 
 def test_how_long_rollouts_may_be_is_as_the_readme_says(planned: Callable[..., tuple[Config, Plan]]):
