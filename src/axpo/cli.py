@@ -1,4 +1,4 @@
-"""The command line: quickstart, train, resume, sft, eval, compare, diagnose, methods, simulate, tools check.
+"""The command line: quickstart, train, resume, sft, eval, compare, diagnose, methods, plan, simulate, tools check.
 
 A user's mistake is told in lines that begin with "error:" on stderr, and ends the command with code 2; an alarm that
 stops a run ends it with code 3, Ctrl-C with code 130. Torch and transformers are imported by the commands, so that help
@@ -17,6 +17,7 @@ from rich.console import Console
 from axpo.cli_compare import compare
 from axpo.cli_diagnose import diagnose
 from axpo.cli_methods import methods
+from axpo.cli_plan import plan
 from axpo.cli_shared import (
     QUICKSTART,
     ConfigFile,
@@ -210,6 +211,7 @@ def evaluate(
 app.command()(compare)
 app.command()(diagnose)
 app.command()(methods)
+app.command()(plan)
 app.command("simulate")(simulate_command)
 app.add_typer(tools, name="tools")
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 from axpo.config import Config
 
 LOST = 4  # how a process ends that finds another one gone
+TOLD = 5  # how one ends whose error the first one tells
 GRACE = 30.0  # seconds that the others have to end by themselves once one has failed
 _LIFELINE = "AXPO_LIFELINE"  # names the pipe that closes when the process that started this one has ended
 
@@ -41,9 +42,9 @@ def start(processes: int) -> int:
         try:
             with _passed_on(running):
                 failed = _first_failed(running)
-                ended = _end(running)
+                _end(running)
             code = running[0].returncode
-            if failed and (not ended or code == LOST):
+            if failed and running[failed].returncode != TOLD:
                 said[failed].seek(0)
                 sys.stderr.write(said[failed].read().decode(errors="replace"))
                 sys.stderr.write(f"error: process {failed} has ended with code {running[failed].returncode}\n")
@@ -112,8 +113,8 @@ def _first_failed(running: "Sequence[subprocess.Popen[bytes]]") -> int | None:
         time.sleep(0.05)
 
 
-def _end(running: "Sequence[subprocess.Popen[bytes]]") -> bool:
-    """Wait for all to end, and kill who takes too long. Returns whether the first one ended by itself."""
+def _end(running: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """Wait for all to end, and kill who takes too long."""
     deadline = time.monotonic() + GRACE
     for process in running[::-1]:
         try:
@@ -121,4 +122,3 @@ def _end(running: "Sequence[subprocess.Popen[bytes]]") -> bool:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    return running[0].returncode >= 0

@@ -56,6 +56,7 @@ class Optimizer:
             self.adamw.step()
             for parameter, copy in self.copies.items():
                 parameter.data.copy_(copy)
+                copy.grad = None  # it takes as much memory as the copy
         for parameter in self.parameters:
             parameter.grad = None
         return norm

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from axpo.config import Config, ConfigError
+from axpo.launch import TOLD
 
 PATIENCE = timedelta(hours=1)  # for which a rank waits for the others: the rollouts of one may take so much longer
 INTERRUPTED = "interrupted"
@@ -40,7 +41,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    failed: bool = False  # one has told of an error, which ends all
+    failed: bool = False  # an error of one ends all
+    lost: bool = False  # and the others can be told nothing any more
 
     @property
     def main(self) -> bool:
@@ -120,6 +122,15 @@ class Ranks:
                 self._all(INTERRUPTED if interrupted else "".join(traceback.format_exception(error)).strip())
             raise
 
+    @contextmanager
+    def bound(self) -> Iterator[None]:
+        """Inside, the ranks compute together: an error of one cannot be told to the others, who find it gone."""
+        try:
+            yield
+        except BaseException:
+            self.failed = self.lost = True
+            raise
+
     def _told(self, rank: int, said: str) -> BaseException:
         if said == INTERRUPTED:
             return KeyboardInterrupt()
@@ -130,7 +141,7 @@ class Ranks:
         try:
             dist.all_gather_object(values, value)
         except RuntimeError as error:
-            self.failed = True
+            self.failed = self.lost = True
             raise RankLostError("another process of the training has ended") from error
         return values  # type: ignore[return-value]
 
@@ -149,7 +160,7 @@ def joined(config: Config) -> Iterator[tuple[Config, Ranks]]:
     """Join the processes that torchrun, accelerate or axpo has started; alone where none has.
 
     Also gives the config with the GPU that is this process's. Raises ConfigError where it is for another number of
-    processes, or each has no GPU of its own.
+    processes, or each has no GPU of its own. An error is raised on rank 0, which has been told; the others end.
     """
     processes = config.parallel.processes
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -176,5 +187,9 @@ def joined(config: Config) -> Iterator[tuple[Config, Ranks]]:
     try:
         with ranks.together():
             yield config, ranks
+    except BaseException:
+        if ranks.main or ranks.lost:
+            raise
+        raise SystemExit(TOLD) from None
     finally:
         dist.destroy_process_group()

@@ -6,7 +6,6 @@ forward, and the same log-probs of the same distribution.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,17 @@ class PolicyError(ValueError):
     """A model that cannot be loaded."""
 
 
-@dataclass(frozen=True)
 class ImageFeatures:
     """What the vision encoder computed: a tensor (tokens, hidden) for each image, and the same for each layer
-    that feeds the language model directly (DeepStack). The names are those that the model reads."""
+    that feeds the language model directly (DeepStack). The names are those that the model reads.
 
-    pooler_output: Sequence[Tensor]
-    deepstack_features: Sequence[Sequence[Tensor]]
+    Not a dataclass, in which FSDP2 would find the tensors and, once it has their gradients, take the backward of all
+    that is outside of the layers as done: that of the vision tower, which made them, is still to come.
+    """
+
+    def __init__(self, pooler_output: Sequence[Tensor], deepstack_features: Sequence[Sequence[Tensor]]) -> None:
+        self.pooler_output = pooler_output
+        self.deepstack_features = deepstack_features
 
 
 def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:

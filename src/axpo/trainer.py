@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ class Trainer:
             self.method.credit(tree, self.config.method)
         self.ranks.meet()
         self.done = None
-        figures = self.update(drawing.drawn)
+        with self.ranks.bound() if self.shared else nullcontext():
+            figures = self.update(drawing.drawn)
         self.kept, self.done = drawing.kept, number + 1
         self.agent.engine.update_weights()
         ended = time.perf_counter()

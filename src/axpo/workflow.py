@@ -107,7 +107,7 @@ async def run_training(
                     saved = done
     finally:
         # An error amid an update, or amid writing a step, leaves weights that are of no logged step.
-        if done != saved and all(made == done for made in ranks.all(trainer.done)):
+        if done != saved and not ranks.lost and all(made == done for made in ranks.all(trainer.done)):
             save()
     if name in evaluated:
         return evaluated[name]
