@@ -6,6 +6,8 @@ from pydantic import Field
 
 from axpo.options import Integer, Real, Section
 
+LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to this, but for 0
+
 
 class ParallelConfig(Section):
     """Training with several processes, one a GPU."""

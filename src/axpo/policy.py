@@ -82,6 +82,15 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
+def policy_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The weights that another engine needs to be this policy, by the names that they have in a checkpoint.
+
+    What shares its storage comes once: an output head that is the embedding is left out. The tensors are the model's.
+    """
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach()
+
+
 def output_head(model: PreTrainedModel) -> torch.nn.Linear:
     """The layer from hidden states to logits."""
     head: torch.nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]

@@ -30,7 +30,8 @@ TRAINING = 0  # keeps its random numbers apart from those of evaluation
 class Trainer:
     """Holds what lasts from step to step: the policy, its frozen reference, the optimizer.
 
-    The agent's engine generates with `model` itself. The reference is the policy as it is given (the SFT checkpoint).
+    The agent's engine generates with `model` itself, or with weights that it takes from it. The
+    reference is the policy as it is given (the SFT checkpoint).
     """
 
     def __init__(self, config: Config, agent: Agent, model: PreTrainedModel, questions: Sequence[Question]) -> None:
@@ -52,7 +53,7 @@ class Trainer:
 
     async def step(self, number: int) -> tuple[list[RolloutTree], Figures]:
         """One training step (AXPO.md, section 3); `number` counts from 0. Returns its trees and its figures."""
-        started = time.perf_counter()
+        started, before = time.perf_counter(), copy.copy(self.agent.engine.counters)
         drawing = await self.roll_out(number)
         trees = drawing.trees
         self.agent.engine.sleep()
@@ -64,6 +65,7 @@ class Trainer:
         self.kept, self.done = drawing.kept, number + 1
         self.agent.engine.update_weights()
         ended = time.perf_counter()
+        figures["prefix_hit_rate"] = self.agent.engine.counters.hit_rate(before)
         seconds = {"rollout_seconds": rolled_out - started, "update_seconds": ended - rolled_out}
         return trees, {"step": number + 1, **measure(trees, self.config.method.threshold), **figures, **seconds}
 

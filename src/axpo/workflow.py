@@ -40,8 +40,9 @@ async def run_training(
     chat: Chat,
     toolbox: Toolbox,
     data: build.Data,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
-    """Train by reinforcement and evaluate; returns the last evaluation.
+    """Train by reinforcement and evaluate; returns the last evaluation. `engine` is one of this model that is there.
 
     Goes on from the run's last checkpoint, if it has one: what came after it is done again, in the same numbers.
 
@@ -51,12 +52,13 @@ async def run_training(
     Raises AlarmStop at the first alarm, the checkpoint being saved, where `alarms.stop` says so.
     """
     assert data.train is not None
-    engine = build.make_engine(config, model, chat)
+    engine = engine or build.make_engine(config, model, chat)
     trainer = Trainer(config, build.training_agent(config, engine, chat, toolbox), model, data.train)
     alarms = Alarms(config.alarms, bool(config.tools.names))
     saved = None
     if (state := run.training_state()) is not None:
         trainer.restore(state["trainer"], load_policy(run.folder / "checkpoint", model.dtype))
+        engine.update_weights()
         alarms.restore(state["alarms"])
         saved = trainer.done
     done, steps, name = saved or 0, config.train.steps, config.method.name

@@ -65,8 +65,28 @@ class Generation:
     entropies: list[float] | None = None
 
 
+@dataclass
+class Counters:
+    """What the engine has done with the tokens of requests, computed or taken from the cache, and how many it sampled.
+
+    In the local engine the last token of a request is computed with the first decode step, and counts as prefilled.
+    """
+
+    prefilled_tokens: int = 0
+    reused_tokens: int = 0
+    decoded_tokens: int = 0
+
+    def hit_rate(self, before: "Counters") -> float | None:
+        """The share of the requests' tokens that the cache held, since the counters were `before`; None without any."""
+        reused = self.reused_tokens - before.reused_tokens
+        tokens = reused + self.prefilled_tokens - before.prefilled_tokens
+        return reused / tokens if tokens else None
+
+
 class Engine(Protocol):
     """What rollouts need of an inference engine."""
+
+    counters: Counters
 
     async def generate(self, request: Request) -> Generation: ...
 
