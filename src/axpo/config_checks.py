@@ -5,7 +5,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from axpo.methods import COMMON, IGNORED_BY_OTHERS, METHODS, needs_entropy
-from axpo.options_size import LEAST_TEMPERATURE
+from axpo.options_size import VLLM_TEMPERATURES
 
 if TYPE_CHECKING:
     from axpo.config import Config
@@ -87,10 +87,9 @@ def _engine_problems(config: "Config") -> list[str]:
         ("rollout.temperature", config.rollout.temperature),
         ("eval.temperature", config.eval.temperature),
     ):
-        if 0 < temperature < LEAST_TEMPERATURE:
-            found.append(
-                f"{key}: got {temperature:g}, but vLLM samples at {LEAST_TEMPERATURE} and above; must be so too"
-            )
+        least, most = VLLM_TEMPERATURES
+        if temperature and not least <= temperature <= most:
+            found.append(f"{key}: got {temperature:g}, but vLLM samples at temperatures from {least} to {most:g}")
     found += [
         f"vllm.servers: got {url!r}, must begin with http:// or https://"
         for url in servers

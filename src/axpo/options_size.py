@@ -6,7 +6,7 @@ from pydantic import Field
 
 from axpo.options import Integer, Real, Section
 
-LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to this, but for 0
+VLLM_TEMPERATURES = (0.01, 2.0)  # what vLLM samples at; it also takes 0, which is greedy
 
 
 class ParallelConfig(Section):

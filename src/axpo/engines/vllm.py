@@ -39,8 +39,8 @@ class _Job:
 class VllmEngine:
     """Implements `axpo.engines.base.Engine` over a vLLM engine in this process.
 
-    `start` makes that engine (vllm_start.py), in the one thread in which all of vLLM runs. `sleeps` tells whether it can
-    give its memory back.
+    `start` makes that engine (vllm_start.py), in the one thread in which all of vLLM runs. `sleeps` tells whether it
+    can give its memory back.
     """
 
     def __init__(self, model: PreTrainedModel, chat: Chat, start: Callable[[], Any], sleeps: bool) -> None:

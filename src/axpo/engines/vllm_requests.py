@@ -12,7 +12,7 @@ from typing import Any
 from axpo.chat import Chat
 from axpo.engines.base import Finish, Generation, Request, Sampling
 from axpo.engines.sampling import check_sampling
-from axpo.options_size import LEAST_TEMPERATURE
+from axpo.options_size import VLLM_TEMPERATURES
 from axpo.tree import Image
 
 BAN = -100.0  # vLLM's least bias on a logit: a banned token has e^-100 of its probability
@@ -34,10 +34,9 @@ def check_request(request: Request, vocabulary: int) -> None:
     if min(request.ids) < 0 or max(request.ids) >= vocabulary:
         raise ValueError(f"a request holds ids outside 0..{vocabulary - 1}")
     check_sampling(request.sampling)
-    if 0 < request.sampling.temperature < LEAST_TEMPERATURE:
-        raise ValueError(
-            f"temperature is {request.sampling.temperature}: vLLM takes 0 or {LEAST_TEMPERATURE} and above"
-        )
+    least, most = VLLM_TEMPERATURES
+    if (given := request.sampling.temperature) and not least <= given <= most:
+        raise ValueError(f"temperature is {given}: vLLM samples at temperatures from {least} to {most:g}, and 0")
 
 
 def placeholders(request: Request, chat: Chat) -> Iterator[Placeholders]:
