@@ -147,7 +147,7 @@ def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat) -> Engine:
     try:
         return VllmEngine(model, chat, start, sleeps=config.device == "cuda")
     except (ValueError, RuntimeError) as error:
-        key, said = refusal(error)
+        key, said = refusal(error, config.device)
         raise ConfigError(f"{key}: vLLM does not start with it: {said}") from error
 
 

@@ -91,16 +91,16 @@ def _interleaved(config: Any) -> Any:
     return config
 
 
-def refusal(error: Exception) -> tuple[str, str]:
+def refusal(error: Exception, device: str) -> tuple[str, str]:
     """The config key that vLLM's refusal to start is about, and what it said, on one line."""
     said = re.sub(r"\s+", " ", str(error)).strip()
     for key, signs in _SIGNS.items():
         if any(sign in said for sign in signs):
-            return key, said
+            return "engine.kv_memory" if key == "vllm.memory" and device == "cpu" else key, said
     return "model", said
 
 
 _SIGNS = {
-    "vllm.memory": ("gpu_memory_utilization", "gpu-memory-utilization", "cache blocks", "KV cache", "out of memory"),
+    "vllm.memory": ("memory utilization", "gpu_memory_utilization", "cache blocks", "KV cache", "out of memory"),
     "rollout.max_context": ("max_model_len", "max-model-len"),
 }
