@@ -14,6 +14,7 @@ from axpo.config import MINIATURE, MINIATURE_SFT, Config, ConfigError, Source
 from axpo.engines.base import Engine, Sampling
 from axpo.engines.local import LocalEngine
 from axpo.engines.vllm import VllmEngine
+from axpo.engines.vllm_servers import VllmServers, server_problem
 from axpo.engines.vllm_start import refusal, start_vllm, vllm_problem
 from axpo.methods import needs_entropy
 from axpo.miniature import base
@@ -113,6 +114,9 @@ def check_engine(config: Config) -> None:
     """Raises ConfigError where the config's engine cannot be had here, before any weights are loaded."""
     if config.engine.name == "vllm" and (problem := vllm_problem()) is not None:
         raise ConfigError(f"engine.name: got 'vllm', but {problem}")
+    for url in config.vllm.servers:
+        if (problem := server_problem(url, config.rollout.max_context)) is not None:
+            raise ConfigError(f"vllm.servers: got {url!r}, but {problem}")
 
 
 def make_engine(config: Config, model: PreTrainedModel, chat: Chat, entropies: bool = False) -> Engine:
@@ -130,6 +134,11 @@ def make_engine(config: Config, model: PreTrainedModel, chat: Chat, entropies: b
 
 
 def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat) -> Engine:
+    if config.vllm.servers:
+        try:
+            return VllmServers(model, chat, config.vllm.servers)
+        except RuntimeError as error:
+            raise ConfigError(str(error)) from error
     dtype = "bfloat16" if config.train.autocast else config.dtype
     start = partial(
         start_vllm,

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def start_vllm(
         arguments["mm_device_do_normalize"] = False  # the pixels that it is given are ready
         arguments["mm_processor_kwargs"] = {"size": edges}
         arguments["limit_mm_per_prompt"] = {"image": max(1, images), "video": 0}
+    _make_llvmlite_readable()
     return LLMEngine.from_engine_args(EngineArgs(**arguments))
 
 
@@ -89,6 +91,13 @@ def _interleaved(config: Any) -> Any:
     if "mrope_section" in rope:
         rope["mrope_interleaved"] = True
     return config
+
+
+def _make_llvmlite_readable() -> None:
+    """Where there is no GPU, vLLM 0.32 reads the attributes of whatever any module holds, and ends at that of llvmlite
+    which takes `__dict__` for a function of its library. bm25s may have imported it."""
+    if (ffi := sys.modules.get("llvmlite.binding.ffi")) is not None:
+        ffi.lib._fntab.setdefault("__dict__", {})
 
 
 def refusal(error: Exception, device: str) -> tuple[str, str]:
