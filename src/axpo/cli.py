@@ -239,7 +239,7 @@ def _train(
     from axpo.workflow import run_training
 
     with running(run), TerminalProgress(None if ranks.main else Console(quiet=True)) as progress:
-        figures = asyncio.run(run_training(config, run, progress, model, chat, toolbox, data, ranks))
+        figures = asyncio.run(run_training(config, run, progress, model, chat, toolbox, data, ranks=ranks))
         if figures:
             run.save_summary({config.method.name: figures})
         run.end()

@@ -122,6 +122,7 @@ def prepare(config: Config) -> "tuple[Chat, Toolbox]":
     gpus = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if int(index or 0) >= gpus:
         raise ConfigError(f"device: got {config.device!r}, but torch {torch.__version__} finds {gpus} such devices")
+    build.check_engine(config)
     try:
         chat = build.load_chat(config)
     except ChatError as error:

@@ -100,7 +100,7 @@ class Config(Section):
     @property
     def sampling_is_exact(self) -> bool:
         """Whether the log-probs of sampling are those of the whole distribution, and rounded as the update's are."""
-        whole = self.rollout.top_p == 1 and self.rollout.top_k == 0
+        whole = self.rollout.top_p == 1 and self.rollout.top_k == 0 and self.engine.name == "local"
         return whole and self.dtype == "float32" and not self.train.autocast
 
     @model_validator(mode="after")

@@ -4,7 +4,8 @@ import os
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from axpo.methods import COMMON, IGNORED_BY_OTHERS, METHODS
+from axpo.methods import COMMON, IGNORED_BY_OTHERS, METHODS, needs_entropy
+from axpo.options_size import VLLM_TEMPERATURES
 
 if TYPE_CHECKING:
     from axpo.config import Config
@@ -15,6 +16,7 @@ def problems(config: "Config") -> list[str]:
     return [
         *_method_problems(config),
         *_group_problems(config),
+        *_engine_problems(config),
         *_parallel_problems(config),
         *_other_problems(config),
     ]
@@ -73,6 +75,43 @@ def _group_problems(config: "Config") -> list[str]:
             f"train.minibatches: got {config.train.minibatches}, must divide rollout.questions = {questions} evenly"
         )
     return problems
+
+
+def _engine_problems(config: "Config") -> list[str]:
+    servers = config.vllm.servers
+    if config.engine.name != "vllm":
+        if servers:
+            return [f"vllm.servers: got {servers}, but engine.name is {config.engine.name!r}; must be left out"]
+        return []
+    found = []
+    if needs_entropy(config.method):
+        key, value = ("name", config.method.name) if config.method.name == "arpo" else ("rank", config.method.rank)
+        found.append(
+            f"method.{key}: got {value!r}, which needs entropies, but vLLM gives none; needs engine.name=local"
+        )
+    for key, temperature in (
+        ("rollout.temperature", config.rollout.temperature),
+        ("eval.temperature", config.eval.temperature),
+    ):
+        least, most = VLLM_TEMPERATURES
+        if temperature and not least <= temperature <= most:
+            found.append(f"{key}: got {temperature:g}, but vLLM samples at temperatures from {least} to {most:g}")
+    found += [
+        f"vllm.servers: got {url!r}, must begin with http:// or https://"
+        for url in servers
+        if not url.startswith(("http://", "https://"))
+    ]
+    if config.device == "mps" or (config.device.startswith("cuda:") and not servers):
+        found.append(
+            f"device: got {config.device!r}, but vLLM runs on the first GPU that it sees, or the CPU; "
+            "must be cuda or cpu (CUDA_VISIBLE_DEVICES chooses the GPU)"
+        )
+    if config.parallel.processes > 1 and not servers:
+        found.append(
+            f"parallel.processes: got {config.parallel.processes}, but vLLM shares its process with one trainer; "
+            "must be 1, or vllm.servers given"
+        )
+    return found
 
 
 def _round_up(value: Fraction) -> str:

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from axpo.options import Integer, Real, Section
 
+VLLM_TEMPERATURES = (0.01, 2.0)  # what vLLM samples at; it also takes 0, which is greedy
+
 
 class ParallelConfig(Section):
     """Training with several processes, one a GPU."""

@@ -1,5 +1,6 @@
 """Training by reinforcement: roll out, fork, credit, pack, step."""
 
+import copy
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from axpo.credit import one_outcome
 from axpo.diagnostics.gap import Figures, measure
 from axpo.diagnostics.mismatch import Mismatch
 from axpo.drawing import Drawing
+from axpo.engines.base import Counters
 from axpo.loss import importance_weights, kl_k3, policy_loss, token_weights
 from axpo.methods import METHODS
 from axpo.optimizer import Optimizer
@@ -35,7 +37,8 @@ TRAINING = 0  # keeps its random numbers apart from those of evaluation
 class Trainer:
     """Holds what lasts from step to step: the policy, its frozen reference, the optimizer.
 
-    The agent's engine generates with `model` itself. The reference is the policy as it is given (the SFT checkpoint).
+    The agent's engine generates with `model` itself, or with weights that it takes from it. The reference is the policy
+    as it is given (the SFT checkpoint).
     Over several processes (`ranks`) each has all of this, draws and learns from its share of a step's questions, and
     what it learns is added up.
     """
@@ -79,7 +82,7 @@ class Trainer:
 
         Returns the trees and the figures of all ranks; no trees but on rank 0.
         """
-        started = time.perf_counter()
+        started, before = time.perf_counter(), copy.copy(self.agent.engine.counters)
         drawing = await self.roll_out(number)
         self.agent.engine.sleep()
         rolled_out = time.perf_counter()
@@ -94,6 +97,8 @@ class Trainer:
         ended = time.perf_counter()
         trees = in_order(self.ranks.to_main(drawing.drawn))
         measured = self.ranks.of_main(measure(trees, self.config.method.threshold))
+        counted = sum(self.ranks.all(self.agent.engine.counters - before), Counters())
+        figures["prefix_hit_rate"] = counted.hit_rate
         seconds = {"rollout_seconds": rolled_out - started, "update_seconds": ended - rolled_out}
         return trees, {"step": number + 1, **measured, **figures, **seconds}
 

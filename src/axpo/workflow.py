@@ -41,9 +41,10 @@ async def run_training(
     chat: Chat,
     toolbox: Toolbox,
     data: build.Data,
+    engine: Engine | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Train by reinforcement and evaluate; returns the last evaluation.
+    """Train by reinforcement and evaluate; returns the last evaluation. `engine` is one of this model that is there.
 
     Every rank runs this, with a `run` of the same folder, which only that of rank 0 writes.
 
@@ -56,7 +57,7 @@ async def run_training(
     before the first step, nothing having been written.
     """
     assert data.train is not None
-    engine = build.make_engine(config, model, chat)
+    engine = engine or build.make_engine(config, model, chat)
     trainer = Trainer(config, build.training_agent(config, engine, chat, toolbox), model, data.train, ranks)
     alarms = Alarms(config.alarms, bool(config.tools.names))
     saved = None

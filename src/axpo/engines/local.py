@@ -9,7 +9,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from axpo.chat import Chat
-from axpo.engines.base import Finish, Generation, Request, RolloutKey
+from axpo.engines.base import Counters, Finish, Generation, Request, RolloutKey
 from axpo.engines.clock import Clock
 from axpo.engines.jobs import Job, Pause, Span, batches, next_wave
 from axpo.engines.kv import PathCache
@@ -28,18 +27,6 @@ from axpo.policy import banned_tokens, forward_logits, vocabulary_size
 from axpo.sharding import gather, scatter
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Counters:
-    """What the engine has done with the tokens of requests, computed or taken from the cache, and how many it sampled.
-
-    The last token of a request is computed with the first decode step, and counts as prefilled.
-    """
-
-    prefilled_tokens: int = 0
-    reused_tokens: int = 0
-    decoded_tokens: int = 0
 
 
 class LocalEngine:

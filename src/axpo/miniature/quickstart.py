@@ -44,7 +44,7 @@ def quickstart(
         summary["sft"] = await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval, "sft")
         run.save_summary(summary)
         name = config.method.name
-        summary[name] = await run_training(config, run, progress, model, chat, toolbox, data)
+        summary[name] = await run_training(config, run, progress, model, chat, toolbox, data, engine)
         run.save_summary(summary)
 
     asyncio.run(learn())
