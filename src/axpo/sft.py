@@ -60,6 +60,7 @@ def sft_steps(
         config.train.weight_decay,
         config.train.grad_clip,
         total_steps=options.steps,
+        offload=config.parallel.offload,
     )
     banned = banned_tokens(chat, model)
     rng = np.random.default_rng(config.seed)
