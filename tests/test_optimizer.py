@@ -56,6 +56,21 @@ def test_the_learning_rate_falls_to_nothing_where_the_end_is_known(make_model: C
     assert rates(optimizer, 5) == pytest.approx([0.15, 0.225, 0.15, 0.075, 0.0])
 
 
+def test_in_the_hosts_memory_it_steps_as_it_would_on_the_device(make_model: Callable) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        models = [make_model().to(dtype), make_model().to(dtype)]
+        for model, offload in zip(models, (False, True), strict=True):
+            optimizer = Optimizer(model, 1e-3, offload=offload)
+            for seed in range(3):
+                torch.manual_seed(seed)
+                for parameter in optimizer.parameters:
+                    parameter.grad = torch.randn_like(parameter)
+                optimizer.step()
+            held = {p.data_ptr() for group in optimizer.adamw.param_groups for p in group["params"]}
+            assert held.isdisjoint({p.data_ptr() for p in model.parameters()}) == (offload or dtype != torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
 def test_restored_it_goes_on_as_it_would_have(make_model: Callable) -> None:
     for dtype in (torch.float32, torch.bfloat16):  # of bfloat16 weights it keeps exact copies
         models = [make_model().to(dtype), make_model().to(dtype)]

@@ -32,6 +32,7 @@ from axpo.cli_shared import (
     new_run,
     prepare,
     require,
+    require_alone,
     running,
     show,
     shown,
@@ -84,6 +85,12 @@ def quickstart(overrides: Overrides = None) -> None:
         config = load_config(QUICKSTART, [f"output={free(QUICKSTART_OUTPUT)}", *given])
         for key in ("train", "eval"):
             require(getattr(config.data, key), f"data.{key}")
+        require_alone(config, "quickstart")
+        if config.lora.rank:
+            raise ConfigError(
+                f"lora.rank: got {config.lora.rank}, but the quickstart's AXPO starts from its SFT, "
+                "which adapters would not keep apart from what comes after; must be 0"
+            )
         typer.echo(f"run folder: {config.output}\npreparing questions, tools and the model …")
         from axpo import build
         from axpo.miniature.quickstart import quickstart as run_quickstart
@@ -158,6 +165,7 @@ def sft(config_file: ConfigFile, overrides: Overrides = None) -> None:
     with command():
         config = load_config(config_file, overrides or [])
         require(config.data.sft, "data.sft")
+        require_alone(config, "sft")
         from axpo import build
         from axpo.miniature.quickstart import teach
         from axpo.workflow import run_sft

@@ -25,7 +25,7 @@ from axpo.methods import METHODS
 from axpo.optimizer import Optimizer
 from axpo.packing import Pack, PackInputs, forward_logprobs, idle_pack, pack_logprobs, pack_trees
 from axpo.parallel import ALONE, Ranks, in_order
-from axpo.policy import PolicyError, banned_tokens, restore_weights, update_forward
+from axpo.policy import PolicyError, banned_tokens, forget_vision_gradients, restore_weights, update_forward
 from axpo.questions import Question
 from axpo.reference import Reference
 from axpo.sharding import shard
@@ -178,10 +178,11 @@ class Trainer:
         known = [[self.old_logprobs(pack, moved=index > 0) for pack in part] for index, part in enumerate(packs)]
         tokens = [sum(len(pack.targets) for pack in part) for part in packs]
         totals = [int(total) for total in self.ranks.sum(tokens)]  # the loss is a mean over all ranks' tokens
+        pictures = self.ranks.sum([any(pack.images for pack in part) for part in packs])
         losses, divergences = [], []
         norms: list[float] = []
         mismatch = Mismatch()
-        for start, part, fixed, total in zip(starts, packs, known, totals, strict=True):
+        for start, part, fixed, total, seen in zip(starts, packs, known, totals, pictures, strict=True):
             if not total:
                 continue
             rollouts = min(size, count - start) * self.config.group_size
@@ -195,6 +196,8 @@ class Trainer:
                 divergences.append(divergence)
             if not self.shared:
                 self.ranks.sum_gradients(self.optimizer.parameters)
+            elif not seen:
+                forget_vision_gradients(self.model)
             norms.append(self.optimizer.step())
         loss_sum, divergence_sum, packed_sum = self.ranks.sum([sum(losses), sum(divergences), packed])
         return {
