@@ -40,7 +40,8 @@ class Transfer:
             else:
                 self._through_a_folder()
             for url in self._urls:
-                _post(url, "/reset_prefix_cache")
+                for cache in ("prefix", "encoder", "mm"):
+                    _post(url, f"/reset_{cache}_cache")
         except OSError as error:  # also of requests, which vLLM's client uses
             raise RuntimeError(f"vllm.servers: the weights did not arrive: {error}") from error
 
