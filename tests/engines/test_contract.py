@@ -23,11 +23,19 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 WITHIN = 1e-3  # nats, between the log-probs of an engine and of a fresh forward
 
 
-@pytest.fixture(scope="module", params=["local", pytest.param("vllm", marks=needs_vllm)])
+@pytest.fixture(
+    scope="module",
+    params=["local", pytest.param("vllm", marks=needs_vllm), pytest.param("servers", marks=needs_vllm)],
+)
 def config(request: pytest.FixtureRequest) -> Config:
     rollout = "rollout={temperature: 1.0, max_tokens: 96, max_context: 1100, max_images: 4}"
-    engine = f"engine={{name: {request.param}, max_batch: 128, kv_memory: 0.5}}"
-    return load_config(None, ["model=miniature_sft", "max_pixels=16384", rollout, engine])
+    given = ["model=miniature_sft", "max_pixels=16384", rollout]
+    name = "vllm" if request.param == "servers" else request.param
+    given.append(f"engine={{name: {name}, max_batch: 128, kv_memory: 0.5}}")
+    if request.param == "servers":
+        untied, url = request.getfixturevalue("untied"), request.getfixturevalue("server")
+        given += [f"model={untied}", f"vllm.servers=[{url}]"]
+    return load_config(None, given)
 
 
 @pytest.fixture(scope="module")

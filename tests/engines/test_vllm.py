@@ -2,18 +2,24 @@
 
 import importlib.metadata
 import importlib.util
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import torch
 from asking import PICTURES, TOOL, longer, noise, request
 
 from axpo import build
 from axpo.chat import Chat
 from axpo.config import ConfigError, load_config
+from axpo.engines import vllm_servers
 from axpo.engines.base import Counters, Finish, Sampling
 from axpo.engines.vllm_requests import generation, image_hash, placeholders, sampling_options
 from axpo.engines.vllm_start import refusal
-from axpo.policy import policy_weights
+from axpo.engines.vllm_transfer import Transfer
+from axpo.policy import output_head, policy_weights
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="make test-vllm runs these")
 
@@ -154,6 +160,61 @@ def test_a_refusal_names_the_key_that_mends_it() -> None:
         assert found == key
         assert line == " ".join(said.split())
     assert refusal(ValueError(words["vllm.memory"]), "cpu")[0] == "engine.kv_memory"
+
+
+def test_a_server_that_does_not_answer_is_named_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "vllm_problem", lambda: None)
+    with pytest.raises(ConfigError) as error:
+        build.check_engine(load_config(None, ["engine.name=vllm", "vllm.servers=[http://127.0.0.1:9]"]))
+    said = str(error.value)
+    assert said.startswith("vllm.servers: got 'http://127.0.0.1:9', but no vLLM server answers there")
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ({"/version": {"version": "0.31.0"}}, "it is vLLM 0.31.0; must be of the line 0.32"),
+        ({"/v1/models": {"data": [{"max_model_len": 99}]}}, "it serves 99 tokens, but rollout.max_context is 100"),
+        ({"/inference/v1/generate": 403}, "it takes no token ids or no weights; it must be started as: VLLM_SERVER"),
+        ({"/weight_info": 404}, "it takes no token ids or no weights"),
+        ({"/version": {"no": "vllm"}}, "no vLLM server answers there"),
+        ({}, None),
+    ],
+)
+def test_what_a_server_lacks_is_told(
+    monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any], said: str | None
+) -> None:
+    told: dict[str, Any] = {
+        "/version": {"version": "0.32.0"},
+        "/v1/models": {"data": [{"max_model_len": 100}]},
+        "/inference/v1/generate": 400,
+        "/weight_info": {},
+        **answers,
+    }
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        given = told[request.url.path]
+        return httpx.Response(given) if isinstance(given, int) else httpx.Response(200, json=given)
+
+    client = partial(httpx.Client, transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(vllm_servers.httpx, "Client", client)
+    found = vllm_servers.server_problem("http://a", 100)
+    assert (found or "").startswith(said or "")
+    assert (found is None) == (said is None)
+
+
+@needs_vllm
+def test_a_server_with_other_weights_is_refused(server: str, untied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that do not arrive, as from a server of another model, are found by the log-probs."""
+    given = [f"model={untied}", "max_pixels=16384", "engine.name=vllm", f"vllm.servers=[{server}]"]
+    config = load_config(None, [*given, "rollout={max_tokens: 96, max_context: 1100}"])
+    build.check_engine(config)
+    model = build.load_model(config)
+    with torch.no_grad():
+        output_head(model).weight.mul_(1.5)
+    monkeypatch.setattr(Transfer, "send", lambda _: None)
+    with pytest.raises(ConfigError, match=f"vllm.servers: {server} serves other weights than the policy's"):
+        build.make_engine(config, model, build.load_chat(config))
 
 
 @needs_vllm
