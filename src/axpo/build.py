@@ -12,7 +12,7 @@ from axpo.adapters import add_adapters
 from axpo.agent import Agent, Limits
 from axpo.chat import Chat
 from axpo.config import MINIATURE, MINIATURE_SFT, Config, ConfigError, Source
-from axpo.engines.base import Engine, Sampling
+from axpo.engines.base import Engine, EngineError, Sampling
 from axpo.engines.local import LocalEngine
 from axpo.engines.vllm import VllmEngine
 from axpo.engines.vllm_servers import VllmServers, server_problem
@@ -146,7 +146,7 @@ def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat) -> Engine:
     if config.vllm.servers:
         try:
             return VllmServers(model, chat, config.vllm.servers)
-        except RuntimeError as error:
+        except EngineError as error:
             raise ConfigError(str(error)) from error
     dtype = "bfloat16" if config.train.autocast else config.dtype
     start = partial(

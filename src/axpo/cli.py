@@ -23,7 +23,6 @@ from axpo.cli_shared import (
     ConfigFile,
     Overrides,
     check_prompt,
-    cleared,
     command,
     config_of_run,
     finish,
@@ -129,9 +128,7 @@ def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
             chat, toolbox, data = _prepare_training(config)
             run = new_run(config, "train", follows=not ranks.main)
             ranks.meet()
-            model = load_model(config, run)
-            with cleared(run):
-                _train(config, run, model, chat, toolbox, data, ranks)
+            _train(config, run, load_model(config, run), chat, toolbox, data, ranks)
 
 
 @app.command()

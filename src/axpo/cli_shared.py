@@ -54,9 +54,10 @@ def command() -> Iterator[None]:
             typer.echo(f"error: {line}", err=True)
         raise typer.Exit(2) from None
     except RuntimeError as error:
+        from axpo.engines.base import EngineError
         from axpo.parallel import RankError, RankLostError
 
-        if not isinstance(error, RankError):
+        if not isinstance(error, EngineError | RankError):
             raise
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(LOST if isinstance(error, RankLostError) else 1) from None
@@ -84,10 +85,16 @@ def _is_mistake(error: ValueError) -> bool:
 
 @contextmanager
 def running(run: "Run") -> Iterator[None]:
-    """Keep the run's folder to this process; tell where it lies if it is interrupted, or stopped by an alarm."""
+    """Keep the run's folder to this process; tell where it lies if it is interrupted, or stopped by an alarm.
+
+    After a mistake that is found before anything has run, a new folder goes again.
+    """
     try:
         with run.locked():
             yield
+    except ConfigError:
+        run.discard()
+        raise
     except AlarmStop as stop:
         typer.echo(f"{stop}: the run so far is in {shown(run.folder)}", err=True)
         raise typer.Exit(3) from None
@@ -212,18 +219,6 @@ def load_model(config: Config, run: "Run") -> "PreTrainedModel":
     try:
         return build.load_model(config)
     except BaseException:
-        run.discard()
-        raise
-
-
-@contextmanager
-def cleared(run: "Run") -> Iterator[None]:
-    """Where the preflight of a new run fails, its folder goes again."""
-    from axpo.preflight import PreflightError
-
-    try:
-        yield
-    except PreflightError:
         run.discard()
         raise
 

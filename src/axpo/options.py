@@ -335,11 +335,13 @@ class EngineConfig(Section):
     """local: the embedded engine, which generates with the trained model itself; vllm: vLLM, see `vllm`.
     Default: local."""
     max_batch: Integer = Field(default=64, ge=1)
-    """Rollouts that generate at the same time. Default: 64."""
+    """Rollouts that generate at the same time; vLLM's servers decide that themselves. Default: 64."""
     overlap: Integer = Field(default=16, ge=0)
-    """Decoding steps that go on while a tool runs; then all wait for it, so that a seed repeats a run. Default: 16."""
+    """Local only: decoding steps that go on while a tool runs; then all wait for it, so that a seed repeats a run.
+    Default: 16."""
     kv_memory: Real = Field(default=2.0, gt=0)
-    """GiB for keys and values. Over it, what was used longest ago is dropped and computed again. Default: 2."""
+    """GiB for keys and values of the local engine, and of vLLM on a CPU. Over it, what was used longest ago is dropped
+    and computed again. Default: 2."""
 
 
 class AlarmsConfig(Section):

@@ -34,6 +34,7 @@ class Run:
         """Make the folder. Raises ConfigError where it holds something already: nothing is ever overwritten."""
         self.folder = config.output
         self.command = command
+        self.made = True
         if self.folder.exists() and any(self.folder.iterdir()):
             raise ConfigError(
                 f"output: {self.folder} is not empty; must be a new folder, so that no run is overwritten"
@@ -49,7 +50,7 @@ class Run:
         Raises ConfigError where it is none, another command made it, or it has ended.
         """
         run = cls.__new__(cls)
-        run.folder = folder.absolute()
+        run.folder, run.made = folder.absolute(), False
         status = run_status(run.folder)
         run.command = str(status["command"])
         if run.command != "train":
@@ -71,8 +72,9 @@ class Run:
             yield
 
     def discard(self) -> None:
-        """Remove the folder: nothing has run, and it would only be in the way of the next attempt."""
-        shutil.rmtree(self.folder)
+        """Remove the folder, if this command has made it and nothing has run: it would be in the next one's way."""
+        if self.made and not (self.folder / "metrics.jsonl").exists():
+            shutil.rmtree(self.folder)
 
     def end(self) -> None:
         """Note that all is done."""

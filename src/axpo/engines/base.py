@@ -89,6 +89,10 @@ class Counters:
         return self.reused_tokens / tokens if tokens else None
 
 
+class EngineError(RuntimeError):
+    """What an engine runs on has failed: a server is gone, or has not taken the weights."""
+
+
 class Engine(Protocol):
     """What rollouts need of an inference engine."""
 

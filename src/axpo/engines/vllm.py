@@ -170,8 +170,9 @@ class VllmEngine:
                 except ValueError as error:  # of this request alone
                     answers.append((job.name, error))
         for output in self._engine.step() if self._engine.has_unfinished_requests() else []:
-            if output.finished and output.request_id in self._jobs:
-                answers.append((output.request_id, self._answer(output)))
+            answered = self._jobs.get(output.request_id)  # a request may be given up at any time
+            if output.finished and answered is not None:
+                answers.append((answered.name, self._answer(output, answered.request)))
         return answers
 
     def _add(self, job: _Job) -> None:
@@ -183,14 +184,13 @@ class VllmEngine:
         rules = SamplingParams(**options, output_kind=RequestOutputKind.FINAL_ONLY)
         self._engine.add_request(job.name, engine_input(request, self._chat), rules)
 
-    def _answer(self, output: Any) -> Generation:
+    def _answer(self, output: Any, request: Request) -> Generation:
         (drawn,) = output.outputs
         ids = list(drawn.token_ids)
         logprobs = [of[i].logprob for i, of in zip(ids, drawn.logprobs, strict=True)]
         self.counters.prefilled_tokens += len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
         self.counters.reused_tokens += output.num_cached_tokens or 0
         self.counters.decoded_tokens += len(ids)
-        request = self._jobs[output.request_id].request
         return generation(ids, logprobs, self._chat.stop_id, request.sampling)
 
 

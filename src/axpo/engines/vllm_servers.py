@@ -13,7 +13,7 @@ import httpx
 from transformers import PreTrainedModel
 
 from axpo.chat import Chat
-from axpo.engines.base import Counters, Generation, Request, RolloutKey
+from axpo.engines.base import Counters, EngineError, Generation, Request, RolloutKey
 from axpo.engines.vllm_fingerprint import PROBE_TOKENS, TOLERANCE, mean_difference, probe
 from axpo.engines.vllm_requests import (
     check_request,
@@ -41,16 +41,15 @@ def server_problem(url: str, context: int) -> str | None:
         with httpx.Client(base_url=url, timeout=_CONNECT) as client:
             version = str(client.get("/version").raise_for_status().json()["version"])
             (model, *_) = client.get("/v1/models").raise_for_status().json()["data"]
+            served = int(model["max_model_len"])
             token = client.post("/inference/v1/generate", json={})
             weights = client.get("/weight_info")
-    except (httpx.HTTPError, httpx.InvalidURL, KeyError, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError) as error:
         return f"no vLLM server answers there ({type(error).__name__}: {error})"
     if not version.startswith(f"{VERSIONS}."):
         return f"it is vLLM {version}; must be of the line {VERSIONS}"
-    if model["max_model_len"] < context:
-        return (
-            f"it serves {model['max_model_len']} tokens, but rollout.max_context is {context}; --max-model-len sets it"
-        )
+    if served < context:
+        return f"it serves {served} tokens, but rollout.max_context is {context}; --max-model-len sets it"
     if token.status_code in (403, 404) or weights.status_code == 404:
         return f"it takes no token ids or no weights; it must be started as: {COMMAND}"
     return None
@@ -60,7 +59,7 @@ class VllmServers:
     """Implements `axpo.engines.base.Engine` over vLLM servers, whose weights follow those of `model`."""
 
     def __init__(self, model: PreTrainedModel, chat: Chat, urls: Sequence[str]) -> None:
-        """Raises RuntimeError, naming the server, where one does not take the weights or serves others."""
+        """Raises EngineError, naming the server, where one does not take the weights or serves others."""
         self.counters = Counters()
         self._model = model
         self._chat = chat
@@ -75,7 +74,7 @@ class VllmServers:
     async def generate(self, request: Request) -> Generation:
         """Continue a path. See `Engine`.
 
-        Raises ValueError where ids, images or sampling make no sense, RuntimeError where the server fails.
+        Raises ValueError where ids, images or sampling make no sense, EngineError where the server fails.
         """
         check_request(request, self._vocabulary)
         url = self._urls[zlib.crc32(request.rollout.question_id.encode()) % len(self._urls)]
@@ -84,7 +83,7 @@ class VllmServers:
         try:
             response = await self._session().post(f"{url}/inference/v1/generate", json=body)
         except httpx.HTTPError as error:
-            raise RuntimeError(f"vllm.servers: {url} failed: {type(error).__name__}: {error}") from error
+            raise EngineError(f"vllm.servers: {url} failed: {type(error).__name__}: {error}") from error
         finally:
             self._in_flight -= 1
         return self._answer(url, request, response)
@@ -103,10 +102,10 @@ class VllmServers:
             raise RuntimeError(f"the weights cannot change while {self._in_flight} generations are in flight")
 
     def update_weights(self) -> None:
-        """Send the policy's weights, and check that every server now computes with them.
+        """Send the policy's weights, and check that every server computes with them, up to what rounding explains.
 
-        Raises RuntimeError with requests in flight, and, naming the server, where it does not take them or computes
-        other log-probs than the policy.
+        Raises RuntimeError with requests in flight, and EngineError, naming the server, where it does not take them or
+        computes other log-probs than the policy.
         """
         self.sleep()
         self._transfer.send()
@@ -116,11 +115,11 @@ class VllmServers:
                 try:
                     response = client.post(f"{url}/inference/v1/generate", json=self._body(request))
                 except httpx.HTTPError as error:
-                    raise RuntimeError(f"vllm.servers: {url} failed: {type(error).__name__}: {error}") from error
+                    raise EngineError(f"vllm.servers: {url} failed: {type(error).__name__}: {error}") from error
             answer = self._answer(url, request, response)
             difference = mean_difference(self._model, self._chat, request, answer)
             if not difference <= TOLERANCE:
-                raise RuntimeError(
+                raise EngineError(
                     f"vllm.servers: {url} serves other weights than the policy's, or computes otherwise: the log-probs "
                     f"of {PROBE_TOKENS} tokens differ by {difference:.3g} on average; it must serve the model of this "
                     f"config, started as: {COMMAND}"
@@ -130,7 +129,8 @@ class VllmServers:
         """The connections of this loop."""
         loop = asyncio.get_running_loop()
         if self._client is None or self._client[0] is not loop:
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+            # A server closes connections that nobody has used for 5 s; one that closes as it is used is lost.
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=2)
             timeout = httpx.Timeout(None, connect=_CONNECT)
             self._client = loop, httpx.AsyncClient(limits=limits, timeout=timeout)
         return self._client[1]
@@ -155,13 +155,15 @@ class VllmServers:
 
     def _answer(self, url: str, request: Request, response: httpx.Response) -> Generation:
         if response.status_code != 200:
-            raise RuntimeError(f"vllm.servers: {url} answers {response.status_code}: {response.text[:500]}")
-        found = response.json()
-        (choice,) = found["choices"]
-        details = found["usage"].get("prompt_tokens_details") or {}
-        reused = details.get("cached_tokens") or 0
+            raise EngineError(f"vllm.servers: {url} answers {response.status_code}: {response.text[:500]}")
+        try:
+            found = response.json()
+            (choice,) = found["choices"]
+            logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+            reused = (found["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"vllm.servers: {url} answers what vLLM does not: {response.text[:500]}") from error
         self.counters.prefilled_tokens += len(request.ids) - reused
         self.counters.reused_tokens += reused
         self.counters.decoded_tokens += len(choice["token_ids"])
-        logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
         return generation(choice["token_ids"], logprobs, self._chat.stop_id, request.sampling)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from axpo.engines.base import EngineError
 from axpo.policy import policy_weights
 
 _TIMEOUT = 600.0  # seconds for a server to take all weights
@@ -30,7 +31,7 @@ class Transfer:
         self._by_nccl: list[Any] | None = None  # one for each server
 
     def send(self) -> None:
-        """Raises RuntimeError, naming the server, where one does not take the weights."""
+        """Raises EngineError, naming the server, where one does not take the weights."""
         try:
             if self._model.device.type == "cuda":
                 if self._by_nccl is None:
@@ -42,8 +43,8 @@ class Transfer:
             for url in self._urls:
                 for cache in ("prefix", "encoder", "mm"):
                     _post(url, f"/reset_{cache}_cache")
-        except OSError as error:  # also of requests, which vLLM's client uses
-            raise RuntimeError(f"vllm.servers: the weights did not arrive: {error}") from error
+        except (OSError, httpx.HTTPError, KeyError) as error:  # also of requests, which vLLM's client uses
+            raise EngineError(f"vllm.servers: the weights did not arrive: {error}") from error
 
     def _through_a_folder(self) -> None:
         with tempfile.TemporaryDirectory(prefix="axpo-weights-") as folder:
@@ -57,9 +58,9 @@ def _post(url: str, path: str, body: dict[str, Any] | None = None) -> None:
     try:
         response = httpx.post(f"{url}{path}", json=body, timeout=_TIMEOUT)
     except httpx.HTTPError as error:
-        raise RuntimeError(f"vllm.servers: {url} failed: {type(error).__name__}: {error}") from error
+        raise EngineError(f"vllm.servers: {url} failed: {type(error).__name__}: {error}") from error
     if response.status_code != 200:
-        raise RuntimeError(f"vllm.servers: {url}{path} answers {response.status_code}: {response.text[:500]}")
+        raise EngineError(f"vllm.servers: {url}{path} answers {response.status_code}: {response.text[:500]}")
 
 
 def _nccl(model: PreTrainedModel, url: str) -> Any:
@@ -78,7 +79,9 @@ def _nccl(model: PreTrainedModel, url: str) -> Any:
     workers = httpx.get(f"{url}/get_world_size", timeout=_TIMEOUT).raise_for_status().json()["world_size"]
     place = urlsplit(url)
     with (
-        socket.create_connection((place.hostname or "", place.port or 80), timeout=10) as towards,
+        socket.create_connection(
+            (place.hostname or "", place.port or (443 if place.scheme == "https" else 80)), timeout=10
+        ) as towards,
         socket.socket() as free,
     ):
         address = towards.getsockname()[0]  # by which that server reaches this machine
