@@ -124,7 +124,7 @@ def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
             raise typer.Exit(start(config.parallel.processes))
         from axpo.parallel import joined
 
-        with joined(config) as (config, ranks):
+        with joined(config) as ranks:
             chat, toolbox, data = _prepare_training(config)
             run = new_run(config, "train", follows=not ranks.main)
             ranks.meet()
@@ -150,7 +150,7 @@ def resume(
             raise typer.Exit(start(config.parallel.processes))
         from axpo.parallel import joined
 
-        with joined(config) as (config, ranks):
+        with joined(config) as ranks:
             chat, toolbox, data = _prepare_training(config)
             run = run if ranks.main else FollowedRun(run.folder)
             _train(config, run, build.load_model(config), chat, toolbox, data, ranks)

@@ -35,20 +35,19 @@ def start(processes: int) -> int:
     read, write = os.pipe()
     with tempfile.TemporaryDirectory() as folder:
         said = [open(os.path.join(folder, str(rank)), "w+b") for rank in range(processes)]  # noqa: SIM115
-        running = [
-            _process(rank, processes, port, read, said[rank]) for port in [free_port()] for rank in range(processes)
-        ]
+        port = free_port()
+        running = [_process(rank, processes, port, read, said[rank]) for rank in range(processes)]
         os.close(read)
         try:
             with _passed_on(running):
                 failed = _first_failed(running)
                 _end(running)
             code = running[0].returncode
-            if failed and running[failed].returncode != TOLD:
+            if failed is not None and failed > 0 and running[failed].returncode != TOLD:
                 said[failed].seek(0)
                 sys.stderr.write(said[failed].read().decode(errors="replace"))
                 sys.stderr.write(f"error: process {failed} has ended with code {running[failed].returncode}\n")
-            return code if code >= 0 else 1
+            return 0 if failed is None else max(code, 1)
         finally:
             os.close(write)
             for file in said:

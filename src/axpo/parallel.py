@@ -88,15 +88,15 @@ class Ranks:
         """Give every rank the sums of all ranks' gradients. A parameter that has none anywhere is left without."""
         if self.size == 1 or not parameters:
             return
-        self.meet()
-        trained = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int, device=parameters[0].device)
-        dist.all_reduce(trained)
-        for parameter, count in zip(parameters, trained.tolist(), strict=True):
-            if count:
-                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                total: Tensor = own.float()
-                dist.all_reduce(total)
-                parameter.grad = total.to(parameter.dtype)
+        with self.bound():
+            known = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int, device=parameters[0].device)
+            dist.all_reduce(known)
+            for parameter, count in zip(parameters, known.tolist(), strict=True):
+                if count:
+                    own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    total: Tensor = own.float()
+                    dist.all_reduce(total)
+                    parameter.grad = total.to(parameter.dtype)
 
     def meet(self) -> None:
         """Wait for all ranks, each of which is well. Raises as `all` does."""
@@ -124,11 +124,13 @@ class Ranks:
 
     @contextmanager
     def bound(self) -> Iterator[None]:
-        """Inside, the ranks compute together: an error of one cannot be told to the others, who find it gone."""
+        """What all ranks compute together, once all are here and well: an error of one cannot be told to the others
+        inside, who find it gone."""
+        self.meet()
         try:
             yield
         except BaseException:
-            self.failed = self.lost = True
+            self.failed = self.lost = self.size > 1
             raise
 
     def _told(self, rank: int, said: str) -> BaseException:
@@ -156,11 +158,11 @@ def in_order(shares: Sequence[Mapping[int, T]]) -> list[T]:
 
 
 @contextmanager
-def joined(config: Config) -> Iterator[tuple[Config, Ranks]]:
+def joined(config: Config) -> Iterator[Ranks]:
     """Join the processes that torchrun, accelerate or axpo has started; alone where none has.
 
-    Also gives the config with the GPU that is this process's. Raises ConfigError where it is for another number of
-    processes, or each has no GPU of its own. An error is raised on rank 0, which has been told; the others end.
+    Of several each takes a GPU of its own for what is on "cuda". Raises ConfigError where the config is for another
+    number of processes, or there are fewer GPUs. An error is raised on rank 0, which has been told; the others end.
     """
     processes = config.parallel.processes
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -169,24 +171,23 @@ def joined(config: Config) -> Iterator[tuple[Config, Ranks]]:
             f"parallel.processes: got {processes}, but torchrun or accelerate has started {started}; must be {started}"
         )
     if processes == 1:
-        yield config, ALONE
+        yield ALONE
         return
     ranks = Ranks(int(os.environ["RANK"]), processes)
-    local = int(os.environ.get("LOCAL_RANK", ranks.rank))
+    local = int(os.environ.setdefault("LOCAL_RANK", os.environ["RANK"]))  # vLLM reads it too
     backend = "gloo"
     if config.device == "cuda":
         if local >= torch.cuda.device_count():
             gpus = torch.cuda.device_count()
             raise ConfigError(f"parallel.processes: got {processes}, but there are {gpus} GPUs; one each is needed")
         torch.cuda.set_device(local)
-        config = config.model_copy(update={"device": f"cuda:{local}"})
         backend = "cpu:gloo,cuda:nccl"
     if not ranks.main:
         logging.getLogger("axpo").setLevel(logging.ERROR)  # what it warns of rank 0 warns of too
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
         with ranks.together():
-            yield config, ranks
+            yield ranks
     except BaseException:
         if ranks.main or ranks.lost:
             raise

@@ -62,21 +62,22 @@ async def preflight(trainer: Trainer, folder: Path) -> None:
     """
     started = time.perf_counter()
     chat, engine = trainer.agent.chat, trainer.agent.engine
-    engine.sleep()
-    engine.update_weights()  # as after a step: the weights that it generates with are those that were sent
     found = [
         disk_space(trainer, folder),
         stable_template(chat, trainer.config),
-        sees_images(trainer),
         *await answering_tools(trainer.agent.toolbox.in_evaluation, picture(0)),
-        await agreement(trainer),
     ]
+    with trainer.together():
+        engine.sleep()
+        engine.update_weights()  # as after a step: the weights that it generates with are those that were sent
+        found += [sees_images(trainer), await agreement(trainer)]
     everywhere = (text for texts in trainer.ranks.all(found) for text in texts if text)
     if failures := list(dict.fromkeys(everywhere)):
         hint = "preflight: the run has not begun; preflight=false begins it without these checks"
         raise PreflightError("\n".join([*(f"preflight: {text}" for text in failures), hint]))
-    engine.sleep()
-    engine.update_weights()
+    with trainer.together():
+        engine.sleep()
+        engine.update_weights()
     logger.info("preflight took %.1f s", time.perf_counter() - started)
 
 

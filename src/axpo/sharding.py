@@ -7,7 +7,9 @@ ranks generate equally many: they are gathered before, and given back after.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
@@ -20,10 +22,11 @@ def shard(model: PreTrainedModel) -> None:
     backward, so that a rank without an image gathers it too.
     """
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     for layer in decoder.layers:
-        fully_shard(layer, mp_policy=precision)
-    fully_shard(model, mp_policy=precision)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
     for module in _parts(model):
         module.set_gradient_divide_factor(1.0)  # gradients are added: the loss is a mean over all ranks' tokens
         module.set_force_sum_reduction_for_comms(True)
@@ -49,10 +52,6 @@ def gather_outer(model: PreTrainedModel) -> None:
     """Gather what is in none of the layers, which is used outside of the model's own forward too."""
     if isinstance(model, FSDPModule):
         model.unshard()
-
-
-def is_shared(model: PreTrainedModel) -> bool:
-    return isinstance(model, FSDPModule)
 
 
 def whole(tensor: Tensor) -> Tensor:

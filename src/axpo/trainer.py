@@ -4,7 +4,7 @@ import copy
 import random
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from axpo.parallel import ALONE, Ranks, in_order
 from axpo.policy import PolicyError, banned_tokens, forget_vision_gradients, restore_weights, update_forward
 from axpo.questions import Question
 from axpo.reference import Reference
-from axpo.sharding import shard
+from axpo.sharding import scatter, shard
 from axpo.tree import RolloutTree
 
 TRAINING = 0  # keeps its random numbers apart from those of evaluation
@@ -90,10 +90,10 @@ class Trainer:
             self.method.credit(tree, self.config.method)
         self.ranks.meet()
         self.done = None
-        with self.ranks.bound() if self.shared else nullcontext():
+        with self.together():
             figures = self.update(drawing.drawn)
-        self.kept, self.done = drawing.kept, number + 1
-        self.agent.engine.update_weights()
+            self.kept, self.done = drawing.kept, number + 1
+            self.agent.engine.update_weights()
         ended = time.perf_counter()
         trees = in_order(self.ranks.to_main(drawing.drawn))
         measured = self.ranks.of_main(measure(trees, self.config.method.threshold))
@@ -111,6 +111,10 @@ class Trainer:
         self.method.explore(drawing, self.config.method)
         await drawing.ended()
         return drawing
+
+    def together(self) -> AbstractContextManager[None]:
+        """Surrounds what uses the weights, for which ranks that share them need each other."""
+        return self.ranks.bound() if self.shared else nullcontext()
 
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on besides the weights, for `restore`. Not while an update moves these.
@@ -133,6 +137,7 @@ class Trainer:
         if state["start"].shape != self.start.shape or not torch.allclose(state["start"], self.start, rtol=1e-6):
             raise PolicyError("model: holds other weights than those that the run started from, which it still needs")
         self.agent.engine.sleep()
+        scatter(self.model)
         restore_weights(self.model, checkpoint)
         self.agent.engine.update_weights()
         self.done, self.kept = state["steps"], state["kept"]

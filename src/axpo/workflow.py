@@ -78,7 +78,8 @@ async def run_training(
         return await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval or [], called, ranks)
 
     def save() -> None:
-        run.save_checkpoint(model, chat, state={"trainer": trainer.state(), "alarms": alarms.state()})
+        with trainer.together():
+            run.save_checkpoint(model, chat, state={"trainer": trainer.state(), "alarms": alarms.state()})
         ranks.all(None)  # nobody goes on, or ends, before it is written
 
     progress.stage(name, steps - done)
@@ -108,7 +109,9 @@ async def run_training(
                     saved = done
     finally:
         # An error amid an update, or amid writing a step, leaves weights that are of no logged step.
-        if done != saved and not ranks.lost and all(made == done for made in ranks.all(trainer.done)):
+        if not ranks.lost and all(
+            made == done != saved for made, done, saved in ranks.all((trainer.done, done, saved))
+        ):
             save()
     if name in evaluated:
         return evaluated[name]
