@@ -124,7 +124,8 @@ def assert_learnt_alike(one: Path, two: Path, apart: float = 1e-6) -> None:
     for ours, theirs in zip(lines(one), lines(two), strict=True):
         for figure, value in ours.items():
             if isinstance(value, float) and "seconds" not in figure:
-                assert theirs[figure] == pytest.approx(value, rel=1e-4, abs=1e-7), figure
+                least = 1e-4 if figure.startswith("mismatch") else 1e-7  # rounding itself is measured there
+                assert theirs[figure] == pytest.approx(value, rel=1e-4, abs=least), figure
             elif "seconds" not in figure and figure != "packed_tokens":
                 assert theirs[figure] == value, figure
 

@@ -51,6 +51,19 @@ def test_steps_too_small_for_bfloat16_add_up(make_model: Callable) -> None:
     torch.testing.assert_close(parameter.float().mean().item(), 0.99, atol=2e-3, rtol=0)
 
 
+def test_gradients_of_many_packs_add_up_in_float32(make_model: Callable) -> None:
+    """In bfloat16 256 + 1 is 256."""
+    optimizer = Optimizer(make_model().to(torch.bfloat16), 0.1)
+    parameter = optimizer.parameters[0]
+    for _ in range(600):
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.view(-1)[0] = 1.0
+        optimizer.take()
+    assert optimizer.step() == pytest.approx(600)
+    assert parameter.grad is None
+    assert optimizer.copies[parameter].grad is None
+
+
 def test_the_learning_rate_falls_to_nothing_where_the_end_is_known(make_model: Callable) -> None:
     optimizer = Optimizer(make_model(), 0.3, warmup_steps=1, total_steps=4)
     assert rates(optimizer, 5) == pytest.approx([0.15, 0.225, 0.15, 0.075, 0.0])

@@ -1,6 +1,6 @@
 """AdamW with a warm-up and gradient clipping."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,32 +33,46 @@ class Optimizer:
         self.copies = {p: p.detach().float() for p in self.parameters if offload or p.dtype != torch.float32}
         if offload:
             self.copies = {p: in_host(copy) for p, copy in self.copies.items()}
-        stepped = [self.copies.get(p, p) for p in self.parameters]
-        self.adamw = torch.optim.AdamW(stepped, lr=learning_rate, weight_decay=weight_decay)
+        self.stepped = [self.copies.get(p, p) for p in self.parameters]
+        self.adamw = torch.optim.AdamW(self.stepped, lr=learning_rate, weight_decay=weight_decay)
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.grad_clip = grad_clip
         self.steps = 0
 
+    def take(self) -> None:
+        """After a backward: add the gradients of weights that have a float32 copy to the copy's.
+
+        The sum of many in bfloat16 would lose the small ones.
+        """
+        for parameter, copy in self.copies.items():
+            if parameter.grad is not None:
+                gradient = parameter.grad.to(copy.device, torch.float32)
+                copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
+                parameter.grad = None
+
+    def forget(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Leave these without a gradient in the next step."""
+        for parameter in parameters:
+            parameter.grad = self.copies.get(parameter, parameter).grad = None
+
     def step(self) -> float:
-        """Apply the gradients and clear them; returns their norm before clipping.
+        """Apply the gradients that were taken and clear them; returns their norm before clipping.
 
         A gradient that is not finite is dropped: one bad batch must not spoil the weights.
         """
+        self.take()
         self.steps += 1
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate * self._share()
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.stepped, self.grad_clip)))
         if norm < float("inf"):
-            for parameter, copy in self.copies.items():
-                copy.grad = None if parameter.grad is None else parameter.grad.to(copy.device, torch.float32)
             self.adamw.step()
             for parameter, copy in self.copies.items():
                 parameter.data.copy_(copy)
-                copy.grad = None  # it takes as much memory as the copy
-        for parameter in self.parameters:
-            parameter.grad = None
+        for stepped in self.stepped:
+            stepped.grad = None
         return norm
 
     def state(self, keep: bool = True) -> dict[str, Any]:
@@ -82,9 +96,8 @@ class Optimizer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned; the model has the weights of then."""
         self.steps = state["steps"]
-        stepped = [self.copies.get(p, p) for p in self.parameters]
         kept = {
-            number: {n: value if n == "step" else like(value, stepped[number]) for n, value in moments.items()}
+            number: {n: value if n == "step" else like(value, self.stepped[number]) for n, value in moments.items()}
             for number, moments in state["adamw"]["state"].items()
         }
         self.adamw.load_state_dict({**state["adamw"], "state": kept})

@@ -84,19 +84,19 @@ class Ranks:
         """The sums over all ranks, added in their order."""
         return [sum(each) for each in zip(*self.all(list(values)), strict=True)]
 
-    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Give every rank the sums of all ranks' gradients. A parameter that has none anywhere is left without."""
+    def sum_gradients(self, parameters: Sequence[Tensor], device: torch.device) -> None:
+        """Give every rank the sums of all ranks' gradients, added on the device. One that is nowhere stays away."""
         if self.size == 1 or not parameters:
             return
         with self.bound():
-            known = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int, device=parameters[0].device)
+            known = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int, device=device)
             dist.all_reduce(known)
             for parameter, count in zip(parameters, known.tolist(), strict=True):
                 if count:
                     own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    total: Tensor = own.float()
+                    total = own.to(device)
                     dist.all_reduce(total)
-                    parameter.grad = total.to(parameter.dtype)
+                    parameter.grad = total.to(parameter.device)
 
     def meet(self) -> None:
         """Wait for all ranks, each of which is well. Raises as `all` does."""

@@ -109,13 +109,6 @@ def freeze_vision(model: PreTrainedModel) -> None:
         raise PolicyError(f"train.vision: cannot be false for {type(model).__name__}, whose vision tower is not known")
 
 
-def forget_vision_gradients(model: PreTrainedModel) -> None:
-    """Where no process has seen an image FSDP2 has made zeros, by which AdamW would go on with its momentum."""
-    tower = vision_tower(model)
-    for parameter in tower.parameters() if tower is not None else ():
-        parameter.grad = None
-
-
 def policy_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Each weight of the policy by its name in a checkpoint: whole, with the adapters merged in.
 

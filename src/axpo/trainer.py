@@ -25,7 +25,7 @@ from axpo.methods import METHODS
 from axpo.optimizer import Optimizer
 from axpo.packing import Pack, PackInputs, forward_logprobs, idle_pack, pack_logprobs, pack_trees
 from axpo.parallel import ALONE, Ranks, in_order
-from axpo.policy import PolicyError, banned_tokens, forget_vision_gradients, restore_weights, update_forward
+from axpo.policy import PolicyError, banned_tokens, restore_weights, update_forward, vision_tower
 from axpo.questions import Question
 from axpo.reference import Reference
 from axpo.sharding import scatter, shard
@@ -194,15 +194,17 @@ class Trainer:
             for pack, old in zip(part, fixed, strict=True):
                 loss, divergence, logprobs = self.loss(pack, old, rollouts, total)
                 loss.backward()  # type: ignore[no-untyped-call]
+                self.optimizer.take()
                 before = old if norms else logprobs  # an update has moved the weights, or none yet
                 if before is not None and before is not pack.old_logprobs:
                     mismatch += Mismatch.of(pack.old_logprobs, before)
                 losses.append(loss.item())
                 divergences.append(divergence)
             if not self.shared:
-                self.ranks.sum_gradients(self.optimizer.parameters)
-            elif not seen:
-                forget_vision_gradients(self.model)
+                self.ranks.sum_gradients(self.optimizer.stepped, self.model.device)
+            elif not seen and (tower := vision_tower(self.model)) is not None:
+                # FSDP2 has made zeros, by which AdamW would go on with its momentum.
+                self.optimizer.forget(tower.parameters())
             norms.append(self.optimizer.step())
         loss_sum, divergence_sum, packed_sum = self.ranks.sum([sum(losses), sum(divergences), packed])
         return {

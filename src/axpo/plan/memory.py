@@ -44,7 +44,7 @@ class Sizes:
 
     whole: int  # all weights, not sharded
     weights: int
-    gradients: int
+    gradients: int  # those that packs are added up in
     optimizer: int
     reference: int
     stepping: int  # what a step of the optimizer makes for the moment
@@ -60,8 +60,8 @@ class Sizes:
         whole = shape.parameters * e + adapters
         numbers = trained(config, shape)
         copies = FLOAT32 if e < FLOAT32 or config.parallel.offload else 0  # what is stepped (optimizer.py)
-        # The copies' gradients; on CUDA also the roots of the second moments, of all weights at once.
-        stepping = copies + (FLOAT32 if config.device.startswith("cuda") and not config.parallel.offload else 0)
+        # On CUDA the roots of the second moments, of all weights at once.
+        stepping = FLOAT32 if config.device.startswith("cuda") and not config.parallel.offload else 0
         refers = not tuning and config.method.kl > 0 and not rank
         # All but the layers is gathered for the whole update; of the layers one computes and the next is fetched
         # (sharding.py). A layer's gradients are whole until they are added up, in float32.
@@ -70,7 +70,7 @@ class Sizes:
         return Sizes(
             whole=whole,
             weights=whole // share,
-            gradients=numbers * e // share,
+            gradients=numbers * FLOAT32 // share,
             optimizer=numbers * (2 * FLOAT32 + copies) // share,
             reference=shape.parameters * e // share if refers else 0,
             stepping=numbers * stepping // share,
@@ -111,7 +111,9 @@ def moments(config: Config, shape: Shape, batch: Batch, gpu_memory: int | None, 
         "optimizer": 0 if away else sizes.optimizer,
         "reference policy": 0 if away else sizes.reference,
     }
-    held = lasting | resting | {"gradients": sizes.gradients}
+    # The copies of offloaded weights have theirs in the host's memory too; a backward's own are there by its end.
+    own = trained(config, shape) * itemsize(config)
+    held = lasting | resting | {"gradients": own if away else sizes.gradients}
     found = [] if tuning else [Moment("rollout", lasting | resting | _generating(config, shape, sizes, gpu_memory))]
     if away and sizes.reference:  # it comes for its forward, which saves nothing, and goes before the policy's
         forward = {"activations": batch.tokens * layer_bytes(shape, compute)}
@@ -154,10 +156,11 @@ def host_bytes(config: Config, shape: Shape, tuning: bool = False) -> int:
     """Memory of the host that all processes take together. On the CPU the device's memory comes on top.
 
     Every process opens the whole checkpoint before it goes to its GPU; later what is offloaded lies there, and the
-    gradients that it is stepped with. Shards are gathered in one process to be saved.
+    gradients that it is stepped with. One process gathers weights and optimizer to save them.
     """
     sizes, processes = Sizes.of(config, shape, tuning), config.parallel.processes
-    away = sizes.optimizer + sizes.stepping + sizes.reference if config.parallel.offload else 0
-    gather = sizes.whole if config.parallel.sharding == "full" and processes > 1 else 0
+    away = sizes.optimizer + sizes.gradients + sizes.reference if config.parallel.offload else 0
+    shares = processes if config.parallel.sharding == "full" else 1
+    gather = sizes.whole + (0 if config.parallel.offload else shares * sizes.optimizer)
     loading = sizes.whole if config.device.startswith("cuda") else 0
     return processes * (PROCESS + max(loading, away)) + gather

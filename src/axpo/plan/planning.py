@@ -7,7 +7,7 @@ from typing import Any
 from axpo.config import Config
 from axpo.options_size import ParallelConfig
 from axpo.plan.activations import Batch
-from axpo.plan.memory import GIB, USABLE, Moment, Sizes, host_bytes, moments, vllm_least
+from axpo.plan.memory import GIB, USABLE, Moment, host_bytes, moments, vllm_least
 from axpo.plan.shapes import Shape
 from axpo.plan.tokens import Step, largest_pack, training_step, tuning_step
 
@@ -25,7 +25,6 @@ class Plan:
     step: Step
     batch: Batch
     moments: list[Moment]
-    sizes: Sizes
     host: int
     tuning: bool
     gpu_memory: int | None
@@ -65,7 +64,6 @@ def make_plan(config: Config, shape: Shape, pixels: int, gpu_memory: int | None)
         step=step,
         batch=batch,
         moments=moments(config, shape, batch, gpu_memory, tuning),
-        sizes=Sizes.of(config, shape, tuning),
         host=host_bytes(config, shape, tuning),
         tuning=tuning,
         gpu_memory=gpu_memory,
