@@ -106,10 +106,10 @@ def _engine_problems(config: "Config") -> list[str]:
             f"device: got {config.device!r}, but vLLM runs on the first GPU that it sees, or the CPU; "
             "must be cuda or cpu (CUDA_VISIBLE_DEVICES chooses the GPU)"
         )
-    if config.parallel.processes > 1 and not servers:
+    if config.parallel.processes > 1 and servers:
         found.append(
-            f"parallel.processes: got {config.parallel.processes}, but vLLM shares its process with one trainer; "
-            "must be 1, or vllm.servers given"
+            f"vllm.servers: got {servers}, but parallel.processes is {config.parallel.processes}; must be left out, "
+            "so that each process has a vLLM of its own"
         )
     return found
 

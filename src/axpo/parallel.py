@@ -172,7 +172,7 @@ def joined(config: Config) -> Iterator[tuple[Config, Ranks]]:
         yield config, ALONE
         return
     ranks = Ranks(int(os.environ["RANK"]), processes)
-    local = int(os.environ.get("LOCAL_RANK", ranks.rank))
+    local = int(os.environ.setdefault("LOCAL_RANK", os.environ["RANK"]))  # vLLM reads it too
     backend = "gloo"
     if config.device == "cuda":
         if local >= torch.cuda.device_count():
