@@ -106,11 +106,6 @@ def _engine_problems(config: "Config") -> list[str]:
             f"device: got {config.device!r}, but vLLM runs on the first GPU that it sees, or the CPU; "
             "must be cuda or cpu (CUDA_VISIBLE_DEVICES chooses the GPU)"
         )
-    if config.parallel.processes > 1 and servers:
-        found.append(
-            f"vllm.servers: got {servers}, but parallel.processes is {config.parallel.processes}; must be left out, "
-            "so that each process has a vLLM of its own"
-        )
     return found
 
 

@@ -92,8 +92,8 @@ class Trainer:
         self.done = None
         with self.ranks.bound() if self.shared else nullcontext():
             figures = self.update(drawing.drawn)
-        self.kept, self.done = drawing.kept, number + 1
-        self.agent.engine.update_weights()
+            self.kept, self.done = drawing.kept, number + 1
+            self.agent.engine.update_weights()
         ended = time.perf_counter()
         trees = in_order(self.ranks.to_main(drawing.drawn))
         measured = self.ranks.of_main(measure(trees, self.config.method.threshold))

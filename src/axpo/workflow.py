@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
@@ -58,10 +57,7 @@ async def run_training(
     before the first step, nothing having been written.
     """
     assert data.train is not None
-    if engine is None:
-        # vLLM makes groups of processes as it starts: one that fails leaves the others waiting for it there.
-        with ranks.bound() if config.engine.name == "vllm" and ranks.size > 1 else nullcontext():
-            engine = build.make_engine(config, model, chat)
+    engine = engine or build.make_engine(config, model, chat, ranks=ranks)
     trainer = Trainer(config, build.training_agent(config, engine, chat, toolbox), model, data.train, ranks)
     alarms = Alarms(config.alarms, bool(config.tools.names))
     saved = None

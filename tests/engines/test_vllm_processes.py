@@ -16,7 +16,13 @@ from axpo.miniature.base import SFT
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="make test-vllm runs these")
 
-VLLM = ("engine.name=vllm", "engine.kv_memory=0.1", "parallel.processes=2", "train.learning_rate=1e-3", "data.eval=null")
+VLLM = (
+    "engine.name=vllm",
+    "engine.kv_memory=0.1",
+    "parallel.processes=2",
+    "train.learning_rate=1e-3",
+    "data.eval=null",
+)
 TRAIN = """
 import torch
 from axpo import cli, workflow

@@ -25,7 +25,9 @@ from axpo.engines.vllm_requests import (
 )
 from axpo.engines.vllm_start import VERSIONS
 from axpo.engines.vllm_transfer import Transfer
+from axpo.parallel import ALONE, Ranks
 from axpo.policy import banned_tokens, vocabulary_size
+from axpo.sharding import gather, scatter
 
 _CONNECT = 10.0  # seconds; an answer may take as long as it takes
 COMMAND = (
@@ -57,9 +59,12 @@ def server_problem(url: str, context: int) -> str | None:
 
 
 class VllmServers:
-    """Implements `axpo.engines.base.Engine` over vLLM servers, whose weights follow those of `model`."""
+    """Implements `axpo.engines.base.Engine` over vLLM servers, whose weights follow those of `model`.
 
-    def __init__(self, model: PreTrainedModel, chat: Chat, urls: Sequence[str]) -> None:
+    All ranks ask the same servers. One of them sends the weights, which are whole on all of them meanwhile.
+    """
+
+    def __init__(self, model: PreTrainedModel, chat: Chat, urls: Sequence[str], ranks: Ranks = ALONE) -> None:
         """Raises RuntimeError, naming the server, where one does not take the weights or serves others."""
         self.counters = Counters()
         self._model = model
@@ -70,6 +75,7 @@ class VllmServers:
         self._in_flight = 0
         self._client: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
         self._transfer = Transfer(model, self._urls)
+        self._ranks = ranks
         self.update_weights()
 
     async def generate(self, request: Request) -> Generation:
@@ -105,11 +111,19 @@ class VllmServers:
     def update_weights(self) -> None:
         """Send the policy's weights, and check that every server now computes with them.
 
-        Raises RuntimeError with requests in flight, and, naming the server, where it does not take them or computes
-        other log-probs than the policy.
+        All ranks call it. Raises RuntimeError with requests in flight, and, naming the server, where it does not take
+        them or computes other log-probs than the policy.
         """
         self.sleep()
-        self._transfer.send()
+        self._ranks.meet()  # the others have no requests in flight either
+        gather(self._model)
+        if self._ranks.main:
+            self._transfer.send()
+            self._check_weights()
+        scatter(self._model)
+        self._ranks.meet()
+
+    def _check_weights(self) -> None:
         request = probe(self._chat)
         for url in self._urls:
             with httpx.Client(timeout=httpx.Timeout(None, connect=_CONNECT)) as client:
