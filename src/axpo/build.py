@@ -1,5 +1,6 @@
 """From a config to the parts of a run. What can be wrong is found before any weights are loaded."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from axpo.engines.vllm_start import refusal, start_vllm, vllm_problem
 from axpo.methods import needs_entropy
 from axpo.miniature import base
 from axpo.miniature.world import corpus, sample_problems
+from axpo.parallel import ALONE, Ranks
 from axpo.policy import freeze_vision, load_policy
 from axpo.questions import Question, Trajectory, load_questions, load_trajectories
 from axpo.rewards.critique import critic
@@ -128,24 +130,27 @@ def check_engine(config: Config) -> None:
             raise ConfigError(f"vllm.servers: got {url!r}, but {problem}")
 
 
-def make_engine(config: Config, model: PreTrainedModel, chat: Chat, entropies: bool = False) -> Engine:
+def make_engine(
+    config: Config, model: PreTrainedModel, chat: Chat, entropies: bool = False, ranks: Ranks = ALONE
+) -> Engine:
     """The engine that generates with this model; with entropies if they are asked for or the method needs them.
 
-    Raises ConfigError where vLLM gives none, does not start, or cannot serve the model.
+    All ranks make theirs at the same time. Raises ConfigError where vLLM gives none, does not start, or cannot serve
+    the model.
     """
     options = config.engine
     entropies = entropies or needs_entropy(config.method)
     if options.name == "vllm":
         if entropies:
             raise ConfigError("engine.name: got 'vllm', which gives no entropies; must be local here")
-        return _vllm_engine(config, model, chat)
+        return _vllm_engine(config, model, chat, ranks)
     return LocalEngine(model, chat, options.max_batch, options.overlap, options.kv_memory, entropies)
 
 
-def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat) -> Engine:
+def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat, ranks: Ranks) -> Engine:
     if config.vllm.servers:
         try:
-            return VllmServers(model, chat, config.vllm.servers)
+            return VllmServers(model, chat, config.vllm.servers, ranks)
         except EngineError as error:
             raise ConfigError(str(error)) from error
     dtype = "bfloat16" if config.train.autocast else config.dtype
@@ -163,7 +168,9 @@ def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat) -> Engine:
         eager=config.vllm.eager,
     )
     try:
-        return VllmEngine(model, chat, start, sleeps=config.device.startswith("cuda"))
+        # vLLM makes groups of processes as it starts: who fails there leaves the others waiting for it.
+        with ranks.bound() if ranks.size > 1 else nullcontext():
+            return VllmEngine(model, chat, start, sleeps=config.device.startswith("cuda"))
     except (ValueError, RuntimeError) as error:
         key, said = refusal(error, config.device)
         raise ConfigError(f"{key}: vLLM does not start with it: {said}") from error

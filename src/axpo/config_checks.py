@@ -106,11 +106,6 @@ def _engine_problems(config: "Config") -> list[str]:
             f"device: got {config.device!r}, but vLLM runs on the first GPU that it sees, or the CPU; "
             "must be cuda or cpu (CUDA_VISIBLE_DEVICES chooses the GPU)"
         )
-    if config.parallel.processes > 1 and not servers:
-        found.append(
-            f"parallel.processes: got {config.parallel.processes}, but vLLM shares its process with one trainer; "
-            "must be 1, or vllm.servers given"
-        )
     return found
 
 

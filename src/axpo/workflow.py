@@ -57,7 +57,7 @@ async def run_training(
     before the first step, nothing having been written.
     """
     assert data.train is not None
-    engine = engine or build.make_engine(config, model, chat)
+    engine = engine or build.make_engine(config, model, chat, ranks=ranks)
     trainer = Trainer(config, build.training_agent(config, engine, chat, toolbox), model, data.train, ranks)
     alarms = Alarms(config.alarms, bool(config.tools.names))
     saved = None

@@ -100,7 +100,6 @@ def test_the_hit_rate_is_that_of_what_came_since() -> None:
         ("method=arpo", "method.name: got 'arpo', which needs entropies"),
         ("device=cuda:1", "device: got 'cuda:1', but vLLM runs on the first GPU"),
         ("device=mps", "device: got 'mps'"),
-        ("parallel.processes=2", "parallel.processes: got 2, but vLLM shares its process with one trainer"),
         ("vllm.servers=[localhost:8000]", "vllm.servers: got 'localhost:8000', must begin with http://"),
         ("engine.name=local vllm.servers=[http://a]", "vllm.servers: got ['http://a'], but engine.name is 'local'"),
     ],

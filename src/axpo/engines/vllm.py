@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from axpo.chat import Chat
 from axpo.engines.base import Counters, Generation, Request, RolloutKey
 from axpo.engines.vllm_requests import (
+    banned_ids,
     check_request,
     engine_input,
     generation,
     sampling_options,
 )
-from axpo.policy import banned_tokens, policy_weights, vocabulary_size
+from axpo.policy import policy_weights, vocabulary_size
 
 Value = TypeVar("Value")
 
@@ -49,7 +50,7 @@ class VllmEngine:
         self._model = model
         self._chat = chat
         self._vocabulary = vocabulary_size(model)
-        self._banned = banned_tokens(chat, model).tolist()
+        self._banned = banned_ids(chat, model)
         self._sleeps = sleeps
         self._asleep = False
         self._names = map(str, itertools.count())

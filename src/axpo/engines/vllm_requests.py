@@ -9,10 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from axpo.chat import Chat
 from axpo.engines.base import Finish, Generation, Request, Sampling
 from axpo.engines.sampling import check_sampling
 from axpo.options_size import VLLM_TEMPERATURES
+from axpo.policy import banned_tokens
 from axpo.tree import Image
 
 BAN = -100.0  # vLLM's least bias on a logit: a banned token has e^-100 of its probability
@@ -25,6 +28,14 @@ class Placeholders:
 
     image: Image
     start: int
+
+
+def banned_ids(chat: Chat, model: PreTrainedModel) -> list[int]:
+    """What the policy can never write. Raises ValueError where vLLM cannot ban so many."""
+    banned: list[int] = banned_tokens(chat, model).tolist()
+    if len(banned) > MOST_BANNED:
+        raise ValueError(f"{len(banned)} ids must be banned, most of them padding of the vocabulary, of {MOST_BANNED}")
+    return banned
 
 
 def check_request(request: Request, vocabulary: int) -> None:

@@ -16,6 +16,7 @@ from axpo.chat import Chat
 from axpo.engines.base import Counters, EngineError, Generation, Request, RolloutKey
 from axpo.engines.vllm_fingerprint import PROBE_TOKENS, TOLERANCE, mean_difference, probe
 from axpo.engines.vllm_requests import (
+    banned_ids,
     check_request,
     generation,
     image_hash,
@@ -25,7 +26,9 @@ from axpo.engines.vllm_requests import (
 )
 from axpo.engines.vllm_start import VERSIONS
 from axpo.engines.vllm_transfer import Transfer
-from axpo.policy import banned_tokens, vocabulary_size
+from axpo.parallel import ALONE, Ranks
+from axpo.policy import vocabulary_size
+from axpo.sharding import gather, scatter
 
 _CONNECT = 10.0  # seconds; an answer may take as long as it takes
 COMMAND = (
@@ -56,19 +59,23 @@ def server_problem(url: str, context: int) -> str | None:
 
 
 class VllmServers:
-    """Implements `axpo.engines.base.Engine` over vLLM servers, whose weights follow those of `model`."""
+    """Implements `axpo.engines.base.Engine` over vLLM servers, whose weights follow those of `model`.
 
-    def __init__(self, model: PreTrainedModel, chat: Chat, urls: Sequence[str]) -> None:
+    All ranks ask the same servers. One of them sends the weights, which are whole on all of them meanwhile.
+    """
+
+    def __init__(self, model: PreTrainedModel, chat: Chat, urls: Sequence[str], ranks: Ranks = ALONE) -> None:
         """Raises EngineError, naming the server, where one does not take the weights or serves others."""
         self.counters = Counters()
         self._model = model
         self._chat = chat
         self._urls = [url.rstrip("/") for url in urls]
         self._vocabulary = vocabulary_size(model)
-        self._banned = banned_tokens(chat, model).tolist()
+        self._banned = banned_ids(chat, model)
         self._in_flight = 0
         self._client: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
         self._transfer = Transfer(model, self._urls)
+        self._ranks = ranks
         self.update_weights()
 
     async def generate(self, request: Request) -> Generation:
@@ -104,11 +111,19 @@ class VllmServers:
     def update_weights(self) -> None:
         """Send the policy's weights, and check that every server computes with them, up to what rounding explains.
 
-        Raises RuntimeError with requests in flight, and EngineError, naming the server, where it does not take them or
-        computes other log-probs than the policy.
+        All ranks call it. Raises RuntimeError with requests in flight, and EngineError, naming the server, where it
+        does not take them or computes other log-probs than the policy.
         """
         self.sleep()
-        self._transfer.send()
+        self._ranks.meet()  # the others have no requests in flight either
+        gather(self._model)
+        if self._ranks.main:
+            self._transfer.send()
+            self._check_weights()
+        scatter(self._model)
+        self._ranks.meet()
+
+    def _check_weights(self) -> None:
         request = probe(self._chat)
         for url in self._urls:
             with httpx.Client(timeout=httpx.Timeout(None, connect=_CONNECT)) as client:

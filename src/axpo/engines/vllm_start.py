@@ -1,11 +1,14 @@
 """Starting vLLM in this process: whether it is there, what it is told, and what its refusals mean."""
 
+import gc
 import importlib.metadata
 import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from axpo.chat import Chat
 
@@ -81,8 +84,16 @@ def start_vllm(
         arguments["mm_device_do_normalize"] = False  # the pixels that it is given are ready
         arguments["mm_processor_kwargs"] = {"size": edges}
         arguments["limit_mm_per_prompt"] = {"image": max(1, images), "video": 0}
+    one_of_several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if one_of_several:
+        # So vLLM joins the group that there is, with itself alone in each of its own, and takes the GPU of LOCAL_RANK.
+        arguments["distributed_executor_backend"] = "external_launcher"
     _make_llvmlite_readable()
-    return LLMEngine.from_engine_args(EngineArgs(**arguments))
+    engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    if one_of_several:
+        engine.engine_core._finalizer.detach()  # it would end the group of all processes, which is not vLLM's
+        gc.unfreeze()  # the one other thing that it does and that is needed
+    return engine
 
 
 def _interleaved(config: Any) -> Any:
