@@ -44,9 +44,9 @@ def test_parts_add_up_to_what_is_taken_together(model: str):
     assert len(parts) >= 6
     for moment in range(3):
         assert sum(part[moment] for part in parts) == pytest.approx(together[0][moment], abs=0.05)
-    # 2.13 billion weights of 2 bytes; moments and float32 copies take 12, and a step 4 more.
+    # 2.13 billion weights of 2 bytes; moments and float32 copies take 12.
     assert row(table, "weights") == ["3.96"] * 3
-    assert row(table, "optimizer") == ["23.78", "23.78", "31.70"]
+    assert row(table, "optimizer") == ["23.78"] * 3
 
 
 def test_what_cannot_fit_ends_with_1_and_names_the_knob(model: str):
