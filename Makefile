@@ -51,7 +51,7 @@ bench-gpu: $(VENV)/ready
 # imported with the first two, and images need torchvision, to which torchvision_shim.py gives what it lacks.
 .venv-vllm/ready: pyproject.toml benchmarks/requirements-vllm.txt benchmarks/torchvision_shim.py
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet --requirement benchmarks/requirements-vllm.txt --editable .
+	.venv-vllm/bin/pip install --quiet --requirement benchmarks/requirements-vllm.txt --editable ".[lora]"
 	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	cp benchmarks/torchvision_shim.py $$(.venv-vllm/bin/python -c "import site; print(site.getsitepackages()[0])")
 	echo "import torchvision_shim" > $$(.venv-vllm/bin/python -c "import site; print(site.getsitepackages()[0])")/torchvision_shim.pth

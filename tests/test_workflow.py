@@ -52,7 +52,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(workflow, "Trainer", Told)
         for name in ("make_engine", "training_agent"):
-            monkeypatch.setattr(build, name, lambda *_: None)
+            monkeypatch.setattr(build, name, lambda *_, **__: None)
         config = load_config(
             None, [f"output={tmp_path}/run", f"train.steps={len(void)}", "eval.every=0", "preflight=false", *overrides]
         )

@@ -1,6 +1,5 @@
 """From a config to the parts of a run. What can be wrong is found before any weights are loaded."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -166,11 +165,10 @@ def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat, ranks: Rank
         memory=config.vllm.memory,
         kv_memory=config.engine.kv_memory,
         eager=config.vllm.eager,
+        ranks=ranks,
     )
     try:
-        # vLLM makes groups of processes as it starts: who fails there leaves the others waiting for it.
-        with ranks.bound() if ranks.size > 1 else nullcontext():
-            return VllmEngine(model, chat, start, sleeps=config.device.startswith("cuda"))
+        return VllmEngine(model, chat, start, sleeps=config.device.startswith("cuda"))
     except (ValueError, RuntimeError) as error:
         key, said = refusal(error, config.device)
         raise ConfigError(f"{key}: vLLM does not start with it: {said}") from error

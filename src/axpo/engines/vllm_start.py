@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from axpo.chat import Chat
+from axpo.parallel import Ranks
 
 VERSIONS = "0.32"
 INSTALL = "pip install 'axpo[vllm]'"
@@ -44,7 +43,16 @@ def vllm_problem() -> str | None:
 
 
 def start_vllm(
-    path: str | Path, chat: Chat, *, dtype: str, device: str, max_batch: int, context: int, images: int, **size: Any
+    path: str | Path,
+    chat: Chat,
+    *,
+    dtype: str,
+    device: str,
+    max_batch: int,
+    context: int,
+    images: int,
+    ranks: Ranks,
+    **size: Any,
 ) -> Any:
     """A vLLM engine that can hold the policy at `path`; its weights are random until the trainer's come.
 
@@ -54,6 +62,7 @@ def start_vllm(
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
     on_gpu = device.startswith("cuda")
@@ -84,13 +93,15 @@ def start_vllm(
         arguments["mm_device_do_normalize"] = False  # the pixels that it is given are ready
         arguments["mm_processor_kwargs"] = {"size": edges}
         arguments["limit_mm_per_prompt"] = {"image": max(1, images), "video": 0}
-    one_of_several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    if one_of_several:
+    if ranks.size > 1:
         # So vLLM joins the group that there is, with itself alone in each of its own, and takes the GPU of LOCAL_RANK.
         arguments["distributed_executor_backend"] = "external_launcher"
     _make_llvmlite_readable()
-    engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-    if one_of_several:
+    checked = EngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    if ranks.size == 1:
+        return LLMEngine.from_vllm_config(checked, disable_log_stats=True)
+    with ranks.bound():  # it makes groups of processes, where the others wait
+        engine = LLMEngine.from_vllm_config(checked, disable_log_stats=True)
         engine.engine_core._finalizer.detach()  # it would end the group of all processes, which is not vLLM's
         gc.unfreeze()  # the one other thing that it does and that is needed
     return engine
