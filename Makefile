@@ -2,13 +2,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: quickstart test check bench bench-engine bench-trl bench-gpu clean
+.PHONY: quickstart test test-vllm check bench bench-engine bench-trl bench-gpu clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/axpo quickstart
 
 test: check
 	$(BIN)/pytest
+
+# The engines' contract with vLLM, which needs 4 GB of packages and an environment of its own.
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -c "import vllm"  # without it all tests would be skipped
+	TORCHDYNAMO_DISABLE=1 .venv-vllm/bin/pytest tests/engines -k vllm
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check src tests benchmarks
@@ -42,12 +47,14 @@ bench-gpu: $(VENV)/ready
 	.venv-trl/bin/pip install --quiet --no-deps torchvision==0.28.0
 	touch $@
 
-# vLLM also brings torchaudio, torchcodec and torchvision, built for CUDA: without it they break the import of
-# transformers, and text needs none of them.
-.venv-vllm/ready: benchmarks/requirements-vllm.txt
+# vLLM on the CPU, with axpo. It brings torchaudio, torchcodec and torchvision, built for CUDA: transformers cannot be
+# imported with the first two, and images need torchvision, to which torchvision_shim.py gives what it lacks.
+.venv-vllm/ready: pyproject.toml benchmarks/requirements-vllm.txt benchmarks/torchvision_shim.py
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet --requirement benchmarks/requirements-vllm.txt
-	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	.venv-vllm/bin/pip install --quiet --requirement benchmarks/requirements-vllm.txt --editable ".[lora]"
+	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	cp benchmarks/torchvision_shim.py $$(.venv-vllm/bin/python -c "import site; print(site.getsitepackages()[0])")
+	echo "import torchvision_shim" > $$(.venv-vllm/bin/python -c "import site; print(site.getsitepackages()[0])")/torchvision_shim.pth
 	touch $@
 
 clean:

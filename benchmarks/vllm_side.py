@@ -1,4 +1,4 @@
-"""vLLM, asked through its standard input: runs in the environment of benchmarks/requirements-vllm.txt, without axpo.
+"""vLLM, asked through its standard input: runs in the environment of benchmarks/requirements-vllm.txt.
 
     python vllm_side.py MODEL IN_FLIGHT
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from axpo.credit import credit_axpo
-from axpo.loss import clipped_surrogate, kl_k3, policy_loss, token_weights
+from axpo.loss import clipped_surrogate, importance_weights, kl_k3, policy_loss, token_weights
 from axpo.tree import Kind, Outcome, RolloutTree, StopReason
 
 
@@ -110,6 +110,37 @@ def test_loss_without_a_reference_has_no_kl():
     old, advantages, weights = doubles(-1.0, -2.0), doubles(1.0, -2.0), doubles(0.25, 0.5)
     assert policy_loss(old, old, None, advantages, weights, kl=9.0).item() == pytest.approx(0.75)
     assert policy_loss(old, old, old - 1, advantages, weights, kl=0.0).item() == pytest.approx(0.75)
+
+
+def test_importance_weights_by_hand():
+    """Ratios 1, 1.5, 0.5 and 3, the last of which is cut; a token that was not sampled after its path weighs 1."""
+    old = doubles(0.2, 0.3, 0.1, 0.6, 0.5).log().requires_grad_()
+    sampling = doubles(0.2, 0.2, 0.2, 0.2, math.nan).log()
+    weights = importance_weights(old, sampling, cap=2.0)
+    assert not weights.requires_grad
+    assert weights.tolist() == pytest.approx([1.0, 1.5, 0.5, 2.0, 1.0])
+    assert importance_weights(old, sampling, cap=0.8).tolist() == pytest.approx([0.8, 0.8, 0.5, 0.8, 0.8])
+    far = importance_weights(doubles(-1000.0, 0.0), doubles(0.0, -1000.0), cap=2.0)
+    assert far.tolist() == pytest.approx([math.exp(-20), 2.0])
+
+
+def test_importance_weighs_the_surrogate_and_not_the_kl_term():
+    """As `test_loss_by_hand`, the first token's surrogate 1.2 weighted by 0.5 and the second's −2 by 2."""
+    logprobs = (doubles(-1.0, -2.0) + doubles(math.log(1.2), 0.0)).requires_grad_()
+    reference = logprobs.detach() + doubles(math.log(2), 0.0)
+    loss = policy_loss(
+        logprobs,
+        doubles(-1.0, -2.0),
+        reference,
+        doubles(1.0, -2.0),
+        doubles(0.25, 0.5),
+        kl=0.1,
+        importance=doubles(0.5, 2.0),
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(-(0.25 * (0.5 * 1.2 - 0.1 * (1 - math.log(2))) + 0.5 * 2 * -2.0))
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([-0.25 * (0.5 * 1.2 + 0.1), -0.5 * 2 * -2.0])
 
 
 def test_gradient_against_finite_differences():

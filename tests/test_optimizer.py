@@ -51,9 +51,37 @@ def test_steps_too_small_for_bfloat16_add_up(make_model: Callable) -> None:
     torch.testing.assert_close(parameter.float().mean().item(), 0.99, atol=2e-3, rtol=0)
 
 
+def test_gradients_of_many_packs_add_up_in_float32(make_model: Callable) -> None:
+    """In bfloat16 256 + 1 is 256."""
+    optimizer = Optimizer(make_model().to(torch.bfloat16), 0.1)
+    parameter = optimizer.parameters[0]
+    for _ in range(600):
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.view(-1)[0] = 1.0
+        optimizer.take()
+    assert optimizer.step() == pytest.approx(600)
+    assert parameter.grad is None
+    assert optimizer.copies[parameter].grad is None
+
+
 def test_the_learning_rate_falls_to_nothing_where_the_end_is_known(make_model: Callable) -> None:
     optimizer = Optimizer(make_model(), 0.3, warmup_steps=1, total_steps=4)
     assert rates(optimizer, 5) == pytest.approx([0.15, 0.225, 0.15, 0.075, 0.0])
+
+
+def test_in_the_hosts_memory_it_steps_as_it_would_on_the_device(make_model: Callable) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        models = [make_model().to(dtype), make_model().to(dtype)]
+        for model, offload in zip(models, (False, True), strict=True):
+            optimizer = Optimizer(model, 1e-3, offload=offload)
+            for seed in range(3):
+                torch.manual_seed(seed)
+                for parameter in optimizer.parameters:
+                    parameter.grad = torch.randn_like(parameter)
+                optimizer.step()
+            held = {p.data_ptr() for group in optimizer.adamw.param_groups for p in group["params"]}
+            assert held.isdisjoint({p.data_ptr() for p in model.parameters()}) == (offload or dtype != torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
 def test_restored_it_goes_on_as_it_would_have(make_model: Callable) -> None:

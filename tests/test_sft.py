@@ -7,6 +7,7 @@ import torch
 
 from axpo.chat import Chat, ChatError
 from axpo.config import load_config
+from axpo.options_size import ParallelConfig
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
 from axpo.questions import DataError, Question, Trajectory, Turn
@@ -80,6 +81,22 @@ def test_checkpointing_and_autocast_act_here_too(chat: Chat, make_model: Callabl
     for one, other in zip(plain, checkpointed, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
     assert any(not torch.equal(one, other) for one, other in zip(plain, rounded, strict=True))
+
+
+def test_the_optimizer_may_lie_in_the_hosts_memory(
+    chat: Chat, make_model: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = trajectory_tree(TRAJECTORY, chat, [])
+    trees = [imitate(tree, tree.leaves())]
+    config = load_config(None, ["sft.steps=3", "sft.batch=2", "sft.learning_rate=0.003", "sft.warmup_steps=0"])
+    away = config.model_copy(update={"parallel": ParallelConfig(offload=True)})  # a config refuses it on the CPU
+    one, other = make_model(), make_model()
+    put: list[torch.Tensor] = []
+    monkeypatch.setattr("axpo.optimizer.in_host", lambda tensor: put.append(tensor) or tensor.clone())
+    expected = list(sft_steps(config, one, chat, trees))
+    assert not put
+    assert list(sft_steps(away, other, chat, trees)) == expected
+    assert len(put) == len(list(other.parameters()))
 
 
 def test_nothing_to_learn_from_is_an_error(chat: Chat, make_model: Callable) -> None:

@@ -17,6 +17,7 @@ from axpo import build
 from axpo.chat import Chat
 from axpo.config import load_config
 from axpo.credit import credit_axpo, credit_grpo
+from axpo.diagnostics.mismatch import Mismatch
 from axpo.engines.base import Generation, Request
 from axpo.fork import Allocation, Candidate, allocate
 from axpo.miniature.scene import draw_scene
@@ -251,7 +252,7 @@ def test_a_reward_moves_the_policy_towards_what_earned_it(make_trainer: Maker) -
         return logprobs[positive].mean().item(), logprobs[~positive].mean().item()
 
     good, bad = likelihood()
-    trainer.update([tree, trees[1]])
+    trainer.update({0: tree, 1: trees[1]})
     better, worse = likelihood()
     assert better > good
     assert worse < bad
@@ -300,7 +301,7 @@ def test_old_logprobs_that_are_not_exact_are_recomputed(make_trainer: Maker, ove
     assert torch.allclose(old, pack.old_logprobs.float(), atol=1e-5, rtol=0) is exact
     # Where no weight has moved, the loss takes the policy's own: the same loss from one forward less.
     assert trainer.old_logprobs(pack, moved=False) is None
-    loss, _ = trainer.loss(pack, None, 1, 1)
+    loss, *_ = trainer.loss(pack, None, 1, 1)
     assert loss.item() == trainer.loss(pack, old, 1, 1)[0].item()
 
 
@@ -334,15 +335,86 @@ def test_minibatches_compare_with_the_policy_from_before_the_first(
     given: list[torch.Tensor | None] = []
     loss = trainer.loss
 
-    def seen(pack: Pack, old: torch.Tensor | None, *rest: int) -> tuple[torch.Tensor, float]:
+    def seen(pack: Pack, old: torch.Tensor | None, *rest: int) -> tuple[torch.Tensor, float, torch.Tensor]:
         given.append(old)
         return loss(pack, old, *rest)
 
     monkeypatch.setattr(trainer, "loss", seen)
-    trainer.update(trees)
+    trainer.update(dict(enumerate(trees)))
     assert given[0] is None
     assert given[1] is not None
     assert torch.equal(given[1], expected[1])
+
+
+def shift_sampling(trees: Sequence[RolloutTree], by: float) -> None:
+    """Let the engine have told other log-probs: alternately more and less by so much."""
+    for segment in (segment for tree in trees for segment in tree.segments()):
+        if segment.logprobs is not None:
+            signs = np.where(np.arange(len(segment)) % 2, -1, 1)
+            segment.logprobs = (segment.logprobs + by * signs).astype(np.float32)
+
+
+def test_the_engine_samples_what_the_trainer_computes(make_trainer: Maker) -> None:
+    trainer, *_ = make_trainer()
+    _, figures = asyncio.run(trainer.step(0))
+    assert 0 < figures["mismatch_mean"] < figures["mismatch_max"] < 1e-4
+    assert 0 <= figures["mismatch_kl"] < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("override", "counted"),
+    [("train.old_logprobs=auto", 1), ("train.old_logprobs=recompute", 2), ("train.importance_cap=2", 2)],
+)
+def test_mismatch_counts_what_is_known_without_a_forward_of_its_own(
+    make_trainer: Maker, monkeypatch: pytest.MonkeyPatch, override: str, counted: int
+) -> None:
+    """Weights that have moved are never measured: a learning rate that ruins them shows nowhere."""
+    trainer, *_ = make_trainer(
+        "method=grpo", "method.kl=0", "train.minibatches=2", "train.warmup_steps=0", "train.learning_rate=1", override
+    )
+    trees = asyncio.run(trainer.roll_out(0)).trees
+    for tree in trees:
+        credit_grpo(tree)
+    praise(trees)
+    shift_sampling(trees, 0.25)
+    seen: list[int] = []
+    forwards: list[int] = []
+    of = Mismatch.of
+
+    def measured(sampling: torch.Tensor, training: torch.Tensor) -> Mismatch:
+        seen.append(len(sampling))
+        return of(sampling, training)
+
+    monkeypatch.setattr(Mismatch, "of", measured)
+    trainer.model.model.language_model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    figures = trainer.update(dict(enumerate(trees)))
+    tokens = [sum(len(s) for s in tree.segments() if s.credits) for tree in trees]
+    assert seen == tokens[:counted]
+    assert len(forwards) == 1 + counted  # the losses', and where they are computed anew that of the second's
+    assert figures["mismatch_mean"] == pytest.approx(0.25, abs=1e-4)
+    assert figures["mismatch_max"] == pytest.approx(0.25, abs=1e-3)
+
+
+def test_importance_weights_are_those_of_the_noise_in_the_sampling_logprobs(make_trainer: Maker) -> None:
+    """Half of the tokens were told e^0.5 too likely, half too unlikely: they weigh e^−0.5, and e^0.5 cut to 1.2. At
+    ratio 1 and advantage 1 the loss is minus the mean of the weights."""
+    trainer, *_ = make_trainer("method=grpo", "method.kl=0", "method.aggregation=token-mean")
+    trees = asyncio.run(trainer.roll_out(0)).trees
+    for tree in trees:
+        credit_grpo(tree)
+    praise(trees)
+    shift_sampling(trees, 0.5)
+    (pack,) = pack_trees(trees, trainer.agent.chat, 100_000)
+    n = len(pack.targets)
+    for cap, high in ((None, 1.0), (1.2, 1.2), (9.0, np.exp(0.5))):
+        train = trainer.config.train.model_copy(update={"importance_cap": cap})
+        trainer.config = trainer.config.model_copy(update={"train": train})
+        assert (trainer.old_logprobs(pack, moved=False) is None) is (cap is not None)
+        loss, _, logprobs = trainer.loss(pack, None, 1, n)
+        more = (pack.old_logprobs > logprobs).sum().item()
+        low = 1.0 if cap is None else np.exp(-0.5)
+        assert 0 < more < n
+        assert loss.item() == pytest.approx(-(more * low + (n - more) * high) / n, rel=1e-4)
 
 
 def test_a_step_with_checkpointing_is_the_same_step(make_trainer: Maker) -> None:
@@ -353,7 +425,7 @@ def test_a_step_with_checkpointing_is_the_same_step(make_trainer: Maker) -> None
         calls: list[int] = []
         for layer in model.model.language_model.layers:
             layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-        trainer.update(trees)
+        trainer.update(dict(enumerate(trees)))
         return [p.detach() for p in model.parameters()], len(calls)
 
     plain, once = weights()
@@ -377,7 +449,7 @@ def test_the_reference_is_computed_from_the_same_inputs(make_trainer: Maker, mon
 
     monkeypatch.setattr(PackInputs, "of", counting)
     (pack, *_) = pack_trees(trees, trainer.agent.chat, 100_000)
-    _, divergence = trainer.loss(pack, pack.old_logprobs, 1, 1)
+    _, divergence, _ = trainer.loss(pack, pack.old_logprobs, 1, 1)
     assert divergence == 0.0  # the reference is the policy itself: the same numbers to the last bit
     assert len(made) == 1
 

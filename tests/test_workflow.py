@@ -14,7 +14,7 @@ from axpo.run import Run
 from axpo.tree import RolloutTree
 from axpo.workflow import run_training
 
-FIGURES: dict[str, Any] = {"tool_use": 0.4, "one_outcome": 0.5, "void": 0, "rollouts": 8}
+FIGURES: dict[str, Any] = {"tool_use": 0.4, "one_outcome": 0.5, "void": 0, "rollouts": 8, "mismatch_mean": 0.0}
 
 
 class Silent:
@@ -52,8 +52,10 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(workflow, "Trainer", Told)
         for name in ("make_engine", "training_agent"):
-            monkeypatch.setattr(build, name, lambda *_: None)
-        config = load_config(None, [f"output={tmp_path}/run", f"train.steps={len(void)}", "eval.every=0", *overrides])
+            monkeypatch.setattr(build, name, lambda *_, **__: None)
+        config = load_config(
+            None, [f"output={tmp_path}/run", f"train.steps={len(void)}", "eval.every=0", "preflight=false", *overrides]
+        )
         folder = Saving(config)
         data: Any = build.Data([], None)
         nothing: Any = None

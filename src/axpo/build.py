@@ -1,21 +1,27 @@
 """From a config to the parts of a run. What can be wrong is found before any weights are loaded."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 from transformers import PreTrainedModel
 
+from axpo.adapters import add_adapters
 from axpo.agent import Agent, Limits
 from axpo.chat import Chat
 from axpo.config import MINIATURE, MINIATURE_SFT, Config, ConfigError, Source
-from axpo.engines.base import Engine, Sampling
+from axpo.engines.base import Engine, EngineError, Sampling
 from axpo.engines.local import LocalEngine
+from axpo.engines.vllm import VllmEngine
+from axpo.engines.vllm_servers import VllmServers, server_problem
+from axpo.engines.vllm_start import refusal, start_vllm, vllm_problem
 from axpo.methods import needs_entropy
 from axpo.miniature import base
 from axpo.miniature.world import corpus, sample_problems
-from axpo.policy import load_policy
+from axpo.parallel import ALONE, Ranks
+from axpo.policy import freeze_vision, load_policy
 from axpo.questions import Question, Trajectory, load_questions, load_trajectories
 from axpo.rewards.critique import critic
 from axpo.tools.base import Toolbox
@@ -100,17 +106,72 @@ def load_toolbox(config: Config, chat: Chat) -> Toolbox:
 
 
 def load_model(config: Config) -> PreTrainedModel:
-    """The weights, on the config's device. Sets torch's threads."""
+    """The weights, on the config's device, with what of them is trained. Sets torch's threads.
+
+    Raises PolicyError where they cannot be loaded, ConfigError where the model lacks a layer of lora.targets.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    return load_policy(model_path(config), getattr(torch, config.dtype), config.device)
+    model = load_policy(model_path(config), getattr(torch, config.dtype), config.device)
+    if not config.train.vision:
+        freeze_vision(model)
+    if config.lora.rank:
+        add_adapters(model, config.lora, config.seed)
+    return model
 
 
-def make_engine(config: Config, model: PreTrainedModel, chat: Chat, entropies: bool = False) -> LocalEngine:
-    """The engine that generates with this very model; with entropies if they are asked for or the method needs them."""
+def check_engine(config: Config) -> None:
+    """Raises ConfigError where the config's engine cannot be had here, before any weights are loaded."""
+    if config.engine.name == "vllm" and (problem := vllm_problem()) is not None:
+        raise ConfigError(f"engine.name: got 'vllm', but {problem}")
+    for url in config.vllm.servers:
+        if (problem := server_problem(url, config.rollout.max_context)) is not None:
+            raise ConfigError(f"vllm.servers: got {url!r}, but {problem}")
+
+
+def make_engine(
+    config: Config, model: PreTrainedModel, chat: Chat, entropies: bool = False, ranks: Ranks = ALONE
+) -> Engine:
+    """The engine that generates with this model; with entropies if they are asked for or the method needs them.
+
+    All ranks make theirs at the same time. Raises ConfigError where vLLM gives none, does not start, or cannot serve
+    the model.
+    """
     options = config.engine
     entropies = entropies or needs_entropy(config.method)
+    if options.name == "vllm":
+        if entropies:
+            raise ConfigError("engine.name: got 'vllm', which gives no entropies; must be local here")
+        return _vllm_engine(config, model, chat, ranks)
     return LocalEngine(model, chat, options.max_batch, options.overlap, options.kv_memory, entropies)
+
+
+def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat, ranks: Ranks) -> Engine:
+    if config.vllm.servers:
+        try:
+            return VllmServers(model, chat, config.vllm.servers, ranks)
+        except EngineError as error:
+            raise ConfigError(str(error)) from error
+    dtype = "bfloat16" if config.train.autocast else config.dtype
+    start = partial(
+        start_vllm,
+        model_path(config),
+        chat,
+        dtype=dtype,
+        device=config.device,
+        max_batch=config.engine.max_batch,
+        context=config.rollout.max_context,
+        images=config.rollout.max_images,
+        memory=config.vllm.memory,
+        kv_memory=config.engine.kv_memory,
+        eager=config.vllm.eager,
+        ranks=ranks,
+    )
+    try:
+        return VllmEngine(model, chat, start, sleeps=config.device.startswith("cuda"))
+    except (ValueError, RuntimeError) as error:
+        key, said = refusal(error, config.device)
+        raise ConfigError(f"{key}: vLLM does not start with it: {said}") from error
 
 
 def training_agent(config: Config, engine: Engine, chat: Chat, toolbox: Toolbox) -> Agent:

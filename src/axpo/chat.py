@@ -7,6 +7,7 @@ template renders after a finished assistant turn, and the conversation itself is
 
 import hashlib
 import re
+import threading
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,6 +75,7 @@ class Chat:
         self._added_text = _alternatives(map(str, tokenizer.added_tokens_decoder.values()))
         self._bytes: dict[int, bytes] = {}
         self._pixels: OrderedDict[bytes, tuple[torch.Tensor, tuple[int, int, int]]] = OrderedDict()
+        self._lock = threading.Lock()  # an engine may prepare images in a thread of its own
         self.stop_id: int = self._required_id(STOP)
         self.image_token_id: int | None = None if image_processor is None else self._required_id(IMAGE)
         self.merge_size: int = 1 if image_processor is None else image_processor.merge_size
@@ -261,18 +263,19 @@ class Chat:
         if self.image_processor is None:
             raise ChatError("this model takes no images")
         key = hashlib.blake2b(data).digest()
-        if key not in self._pixels:
-            try:
-                picture = open_image(data).convert("RGB")
-                features = self.image_processor(images=[picture], return_tensors="pt")
-            except ValueError as error:
-                raise ChatError(f"the image ({len(data)} bytes) does not open: {error}") from error
-            t, h, w = features["image_grid_thw"][0].tolist()
-            self._pixels[key] = (features["pixel_values"].float(), (t, h, w))
-            while sum(len(p) for p, _ in self._pixels.values()) > _CACHED_PATCHES and len(self._pixels) > 1:
-                self._pixels.popitem(last=False)
-        self._pixels.move_to_end(key)
-        return self._pixels[key]
+        with self._lock:
+            if key not in self._pixels:
+                try:
+                    picture = open_image(data).convert("RGB")
+                    features = self.image_processor(images=[picture], return_tensors="pt")
+                except ValueError as error:
+                    raise ChatError(f"the image ({len(data)} bytes) does not open: {error}") from error
+                t, h, w = features["image_grid_thw"][0].tolist()
+                self._pixels[key] = (features["pixel_values"].float(), (t, h, w))
+                while sum(len(p) for p, _ in self._pixels.values()) > _CACHED_PATCHES and len(self._pixels) > 1:
+                    self._pixels.popitem(last=False)
+            self._pixels.move_to_end(key)
+            return self._pixels[key]
 
     # Reading
 

@@ -1,4 +1,4 @@
-"""The command line: quickstart, train, resume, sft, eval, compare, diagnose, methods, simulate, tools check.
+"""The command line: quickstart, train, resume, sft, eval, compare, diagnose, methods, plan, simulate, tools check.
 
 A user's mistake is told in lines that begin with "error:" on stderr, and ends the command with code 2; an alarm that
 stops a run ends it with code 3, Ctrl-C with code 130. Torch and transformers are imported by the commands, so that help
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from axpo.cli_compare import compare
 from axpo.cli_diagnose import diagnose
 from axpo.cli_methods import methods
+from axpo.cli_plan import plan
 from axpo.cli_shared import (
     QUICKSTART,
     ConfigFile,
@@ -29,6 +31,7 @@ from axpo.cli_shared import (
     new_run,
     prepare,
     require,
+    require_alone,
     running,
     show,
     shown,
@@ -36,6 +39,7 @@ from axpo.cli_shared import (
 from axpo.cli_simulate import simulate_command
 from axpo.cli_tools import tools
 from axpo.config import MINIATURE, Config, ConfigError, load_config
+from axpo.launch import end_with_parent, start, starts_others
 from axpo.progress import TerminalProgress
 
 if TYPE_CHECKING:
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
 
     from axpo.build import Data
     from axpo.chat import Chat
+    from axpo.parallel import Ranks
     from axpo.questions import Trajectory
     from axpo.run import Run
     from axpo.tools.base import Toolbox
@@ -60,6 +65,7 @@ app = typer.Typer(
 
 
 def main() -> None:
+    end_with_parent()
     for stream in sys.stdout, sys.stderr:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a run must not end because a terminal lacks a character
@@ -78,6 +84,12 @@ def quickstart(overrides: Overrides = None) -> None:
         config = load_config(QUICKSTART, [f"output={free(QUICKSTART_OUTPUT)}", *given])
         for key in ("train", "eval"):
             require(getattr(config.data, key), f"data.{key}")
+        require_alone(config, "quickstart")
+        if config.lora.rank:
+            raise ConfigError(
+                f"lora.rank: got {config.lora.rank}, but the quickstart's AXPO starts from its SFT, "
+                "which adapters would not keep apart from what comes after; must be 0"
+            )
         typer.echo(f"run folder: {config.output}\npreparing questions, tools and the model …")
         from axpo import build
         from axpo.miniature.quickstart import quickstart as run_quickstart
@@ -108,9 +120,15 @@ def train(config_file: ConfigFile, overrides: Overrides = None) -> None:
     with command():
         config = load_config(config_file, overrides or [])
         require(config.data.train, "data.train")
-        chat, toolbox, data = _prepare_training(config)
-        run = new_run(config, "train")
-        _train(config, run, load_model(config, run), chat, toolbox, data)
+        if starts_others(config):
+            raise typer.Exit(start(config.parallel.processes))
+        from axpo.parallel import joined
+
+        with joined(config) as ranks:
+            chat, toolbox, data = _prepare_training(config)
+            run = new_run(config, "train", follows=not ranks.main)
+            ranks.meet()
+            _train(config, run, load_model(config, run), chat, toolbox, data, ranks)
 
 
 @app.command()
@@ -124,12 +142,18 @@ def resume(
     """
     with command():
         from axpo import build
-        from axpo.run import Run
+        from axpo.run import FollowedRun, Run
 
         run = Run.reopen(folder)
         config = load_config(run.folder / "config.yaml").model_copy(update={"output": run.folder})
-        chat, toolbox, data = _prepare_training(config)
-        _train(config, run, build.load_model(config), chat, toolbox, data)
+        if starts_others(config):
+            raise typer.Exit(start(config.parallel.processes))
+        from axpo.parallel import joined
+
+        with joined(config) as ranks:
+            chat, toolbox, data = _prepare_training(config)
+            run = run if ranks.main else FollowedRun(run.folder)
+            _train(config, run, build.load_model(config), chat, toolbox, data, ranks)
 
 
 @app.command()
@@ -138,6 +162,7 @@ def sft(config_file: ConfigFile, overrides: Overrides = None) -> None:
     with command():
         config = load_config(config_file, overrides or [])
         require(config.data.sft, "data.sft")
+        require_alone(config, "sft")
         from axpo import build
         from axpo.miniature.quickstart import teach
         from axpo.workflow import run_sft
@@ -191,6 +216,7 @@ def evaluate(
 app.command()(compare)
 app.command()(diagnose)
 app.command()(methods)
+app.command()(plan)
 app.command("simulate")(simulate_command)
 app.add_typer(tools, name="tools")
 
@@ -206,19 +232,26 @@ def _prepare_training(config: Config) -> "tuple[Chat, Toolbox, Data]":
 
 
 def _train(
-    config: Config, run: "Run", model: "PreTrainedModel", chat: "Chat", toolbox: "Toolbox", data: "Data"
+    config: Config,
+    run: "Run",
+    model: "PreTrainedModel",
+    chat: "Chat",
+    toolbox: "Toolbox",
+    data: "Data",
+    ranks: "Ranks",
 ) -> None:
     """Train from where the run stands to its end."""
     from axpo.workflow import run_training
 
-    with running(run), TerminalProgress() as progress:
-        figures = asyncio.run(run_training(config, run, progress, model, chat, toolbox, data))
+    with running(run), TerminalProgress(None if ranks.main else Console(quiet=True)) as progress:
+        figures = asyncio.run(run_training(config, run, progress, model, chat, toolbox, data, ranks=ranks))
         if figures:
             run.save_summary({config.method.name: figures})
         run.end()
-    if figures:
+    if figures and ranks.main:
         show({config.method.name: figures})
-    typer.echo(f"run folder: {shown(run.folder)}")
+    if ranks.main:
+        typer.echo(f"run folder: {shown(run.folder)}")
 
 
 def _trajectory_tree(trajectory: "Trajectory", chat: "Chat", toolbox: "Toolbox") -> "RolloutTree":

@@ -5,7 +5,6 @@ Torch and transformers are imported by the functions that need them, so that hel
 
 import itertools
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from axpo.config import Config, ConfigError, load_config
 from axpo.diagnostics.alarms import AlarmStop
+from axpo.launch import LOST
 from axpo.progress import summary_table
 
 if TYPE_CHECKING:
@@ -53,6 +53,14 @@ def command() -> Iterator[None]:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
         raise typer.Exit(2) from None
+    except RuntimeError as error:
+        from axpo.engines.base import EngineError
+        from axpo.parallel import RankError, RankLostError
+
+        if not isinstance(error, EngineError | RankError):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(LOST if isinstance(error, RankLostError) else 1) from None
     finally:
         logger.removeHandler(handler)
 
@@ -77,10 +85,16 @@ def _is_mistake(error: ValueError) -> bool:
 
 @contextmanager
 def running(run: "Run") -> Iterator[None]:
-    """Keep the run's folder to this process; tell where it lies if it is interrupted, or stopped by an alarm."""
+    """Keep the run's folder to this process; tell where it lies if it is interrupted, or stopped by an alarm.
+
+    After a mistake that is found before anything has run, a new folder goes again.
+    """
     try:
         with run.locked():
             yield
+    except ConfigError:
+        run.discard()
+        raise
     except AlarmStop as stop:
         typer.echo(f"{stop}: the run so far is in {shown(run.folder)}", err=True)
         raise typer.Exit(3) from None
@@ -97,14 +111,24 @@ def require(value: object, key: str) -> None:
         )
 
 
+def require_alone(config: Config, command: str) -> None:
+    """Raise ConfigError where a command that trains in one process is to train in several."""
+    if config.parallel.processes > 1:
+        raise ConfigError(
+            f"parallel.processes: got {config.parallel.processes}, but axpo {command} trains in one process; must be 1"
+        )
+
+
 def prepare(config: Config) -> "tuple[Chat, Toolbox]":
     """Check what can be checked without data and weights; returns the chat and the tools."""
     import torch
     from transformers.utils import logging as transformers_logging
 
     from axpo import build
+    from axpo.adapters import check_adapters
     from axpo.chat import ChatError
 
+    check_adapters(config.lora)
     # The loading bars and advice of these libraries are for people who call them themselves.
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -113,6 +137,7 @@ def prepare(config: Config) -> "tuple[Chat, Toolbox]":
     gpus = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if int(index or 0) >= gpus:
         raise ConfigError(f"device: got {config.device!r}, but torch {torch.__version__} finds {gpus} such devices")
+    build.check_engine(config)
     try:
         chat = build.load_chat(config)
     except ChatError as error:
@@ -172,10 +197,15 @@ def refuse(overrides: Sequence[str], reasons: Mapping[str, str]) -> None:
             raise ConfigError(f"{key}: cannot be given here; {reason}")
 
 
-def new_run(config: Config, command: str) -> "Run":
-    """Make the run folder of a command. Raises ConfigError where it cannot be."""
-    from axpo.run import Run
+def new_run(config: Config, command: str, follows: bool = False) -> "Run":
+    """Make the run folder of a command, which another process makes where this one only follows.
 
+    Raises ConfigError where it cannot be.
+    """
+    from axpo.run import FollowedRun, Run
+
+    if follows:
+        return FollowedRun(config.output)
     try:
         return Run(config, command)
     except OSError as error:
@@ -189,7 +219,7 @@ def load_model(config: Config, run: "Run") -> "PreTrainedModel":
     try:
         return build.load_model(config)
     except BaseException:
-        shutil.rmtree(run.folder)  # nothing has run: the folder would only be in the way of the next attempt
+        run.discard()
         raise
 
 

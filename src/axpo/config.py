@@ -36,6 +36,7 @@ from axpo.options import (
     ToolsConfig,
     TrainConfig,
 )
+from axpo.options_size import LoraConfig, ParallelConfig, VllmConfig
 
 __all__ = [
     "MINIATURE",
@@ -81,7 +82,13 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()
+    vllm: VllmConfig = VllmConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    lora: LoraConfig = LoraConfig()
     alarms: AlarmsConfig = AlarmsConfig()
+    preflight: bool = True
+    """Check before the first step that the model sees its images, that the template keeps prefixes, that engine and
+    trainer agree, and that the tools answer. Default: true."""
 
     model_config = ConfigDict(validate_default=True)
 
@@ -93,7 +100,7 @@ class Config(Section):
     @property
     def sampling_is_exact(self) -> bool:
         """Whether the log-probs of sampling are those of the whole distribution, and rounded as the update's are."""
-        whole = self.rollout.top_p == 1 and self.rollout.top_k == 0
+        whole = self.rollout.top_p == 1 and self.rollout.top_k == 0 and self.engine.name == "local"
         return whole and self.dtype == "float32" and not self.train.autocast
 
     @model_validator(mode="after")

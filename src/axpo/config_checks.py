@@ -4,7 +4,8 @@ import os
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from axpo.methods import COMMON, IGNORED_BY_OTHERS, METHODS
+from axpo.methods import COMMON, IGNORED_BY_OTHERS, METHODS, needs_entropy
+from axpo.options_size import VLLM_TEMPERATURES
 
 if TYPE_CHECKING:
     from axpo.config import Config
@@ -12,7 +13,13 @@ if TYPE_CHECKING:
 
 def problems(config: "Config") -> list[str]:
     """All that does not fit together in a config whose every option is right by itself."""
-    return [*_method_problems(config), *_group_problems(config), *_other_problems(config)]
+    return [
+        *_method_problems(config),
+        *_group_problems(config),
+        *_engine_problems(config),
+        *_parallel_problems(config),
+        *_other_problems(config),
+    ]
 
 
 def _method_problems(config: "Config") -> list[str]:
@@ -70,6 +77,38 @@ def _group_problems(config: "Config") -> list[str]:
     return problems
 
 
+def _engine_problems(config: "Config") -> list[str]:
+    servers = config.vllm.servers
+    if config.engine.name != "vllm":
+        if servers:
+            return [f"vllm.servers: got {servers}, but engine.name is {config.engine.name!r}; must be left out"]
+        return []
+    found = []
+    if needs_entropy(config.method):
+        key, value = ("name", config.method.name) if config.method.name == "arpo" else ("rank", config.method.rank)
+        found.append(
+            f"method.{key}: got {value!r}, which needs entropies, but vLLM gives none; needs engine.name=local"
+        )
+    for key, temperature in (
+        ("rollout.temperature", config.rollout.temperature),
+        ("eval.temperature", config.eval.temperature),
+    ):
+        least, most = VLLM_TEMPERATURES
+        if temperature and not least <= temperature <= most:
+            found.append(f"{key}: got {temperature:g}, but vLLM samples at temperatures from {least} to {most:g}")
+    found += [
+        f"vllm.servers: got {url!r}, must begin with http:// or https://"
+        for url in servers
+        if not url.startswith(("http://", "https://"))
+    ]
+    if config.device == "mps" or (config.device.startswith("cuda:") and not servers):
+        found.append(
+            f"device: got {config.device!r}, but vLLM runs on the first GPU that it sees, or the CPU; "
+            "must be cuda or cpu (CUDA_VISIBLE_DEVICES chooses the GPU)"
+        )
+    return found
+
+
 def _round_up(value: Fraction) -> str:
     """The fraction with as many decimals as it takes (at most six), never less than it is."""
     for decimals in range(7):
@@ -77,6 +116,37 @@ def _round_up(value: Fraction) -> str:
         if scaled * value.denominator == value.numerator * 10**decimals:
             break
     return f"{scaled / 10**decimals:.{decimals}f}"
+
+
+def _parallel_problems(config: "Config") -> list[str]:
+    parallel, questions, found = config.parallel, config.rollout.questions, []
+    if parallel.processes > questions:
+        found.append(
+            f"parallel.processes: got {parallel.processes}, must be at most rollout.questions = {questions}: "
+            "each process draws the rollouts of questions of its own"
+        )
+    if parallel.processes > 1:
+        for key in ("adaptive_budget", "dynamic_sampling"):
+            if given := getattr(config.method, key):
+                found.append(
+                    f"method.{key}: got {given:g}, but with parallel.processes = {parallel.processes} must be 0: "
+                    "what one group's rollouts decide for others is decided in one process only"
+                )
+        if config.device not in ("cpu", "cuda"):
+            found.append(
+                f"device: got {config.device!r}, but with parallel.processes = {parallel.processes} must be cuda, "
+                "of which each process takes one, or cpu"
+            )
+    elif parallel.sharding == "full":
+        found.append("parallel.sharding: got 'full', but parallel.processes = 1 has nobody to share with; must be none")
+    if parallel.offload and config.device == "cpu":
+        found.append("parallel.offload: got true, but with device = cpu all is in the host's memory; must be false")
+    if parallel.offload and parallel.sharding == "full":
+        found.append(
+            "parallel.offload: got true, but with parallel.sharding = full the optimizer is divided among the "
+            "GPUs; must be false"
+        )
+    return found
 
 
 def _other_problems(config: "Config") -> list[str]:

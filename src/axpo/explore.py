@@ -9,7 +9,7 @@ import numpy as np
 
 from axpo.credit import one_outcome
 from axpo.drawing import Drawing
-from axpo.fork import Allocation, Candidate, allocate, branch_points, candidates, open_prefix, prefix_budget
+from axpo.fork import Allocation, Candidate, Claim, allocate, branch_points, candidates, open_prefix, prefix_budget
 from axpo.options import MethodConfig
 from axpo.tree import RolloutTree, Segment, StopReason, scored
 
@@ -25,7 +25,7 @@ def explore_grpo(drawing: Drawing, options: MethodConfig) -> None:
             left -= 1
             drawing.draw(new, drawing.size, then=partial(refill, new))
 
-    for group in range(len(drawing.groups)):
+    for group in drawing.own:
         drawing.draw(group, drawing.size, then=partial(refill, group) if left else None)
 
 
@@ -39,6 +39,9 @@ def explore_axpo(drawing: Drawing, options: MethodConfig) -> None:
         return
     groups = len(drawing.groups)
     budget = prefix_budget(options.budget, groups, drawing.size, options.continuations)
+    if not drawing.alone:
+        _explore_together(drawing, options, budget)
+        return
     most = budget if options.fork_at == "every" else drawing.size
     allocation = Allocation(groups, budget, most)
 
@@ -46,8 +49,31 @@ def explore_axpo(drawing: Drawing, options: MethodConfig) -> None:
         for group, turn, candidate in allocation.ended(scored, ranked(drawing.trees[scored], options)):
             drawing.draw(group, options.continuations, _start(drawing, group, candidate, options), turn + 1)
 
-    for group in range(groups):
+    for group in drawing.own:
         drawing.draw(group, drawing.size, then=partial(resample, group))
+
+
+def _explore_together(drawing: Drawing, options: MethodConfig, budget: int) -> None:
+    """The same over several processes: when all groups of all are scored, each process finds what the budget allows
+    in the whole step, and resamples what of it is in its own groups."""
+    found: dict[int, list[Candidate]] = {}
+
+    def offer() -> dict[int, list[Claim]]:
+        found.update({group: ranked(tree, options) for group, tree in drawing.drawn.items()})
+        return {group: [Claim(candidate.order) for candidate in found[group]] for group in drawing.own}
+
+    def resample(offers: list[dict[int, list[Claim]]]) -> None:
+        claims = {group: each for offered in offers for group, each in offered.items()}
+        turns = [0] * len(drawing.groups)
+        for group, _ in allocate([claims[group] for group in range(len(drawing.groups))], budget):
+            turns[group] += 1
+            if group in found:
+                start = _start(drawing, group, found[group][turns[group] - 1], options)
+                drawing.draw(group, options.continuations, start, turns[group])
+
+    for group in drawing.own:
+        drawing.draw(group, drawing.size)
+    drawing.meet(offer, resample)
 
 
 def _explore_adaptively(drawing: Drawing, options: MethodConfig) -> None:
@@ -84,7 +110,7 @@ def _explore_adaptively(drawing: Drawing, options: MethodConfig) -> None:
         elif more > 2:
             drawing.draw(group, more - 2, start, number)
 
-    for group in range(len(drawing.groups)):
+    for group in drawing.own:
         drawing.draw(group, drawing.size, then=ended)
 
 
@@ -100,7 +126,7 @@ def explore_rltf(drawing: Drawing, options: MethodConfig) -> None:
             if (second := drawing.agent.after_critique(tree, leaf)) is not None:
                 drawing.draw(group, 1, None, number, partial(_lay_at_root, second, tree, number), (second, question))
 
-    for group in range(len(drawing.groups)):
+    for group in drawing.own:
         drawing.draw(group, drawing.size, then=partial(again, group))
 
 
@@ -150,7 +176,7 @@ def explore_arpo(drawing: Drawing, options: MethodConfig) -> None:
         elif free and not points:
             drawing.draw(group, free)
 
-    for group in range(len(drawing.groups)):
+    for group in drawing.own:
         drawing.draw(group, initial, then=partial(grow, group))
 
 

@@ -111,7 +111,7 @@ class Allocation:
         """`most` candidates at the most come from one tree."""
         self._budget = budget
         # A group that is still running may hold that many candidates, all of which go before those that are known.
-        self._per_tree: list[Sequence[Candidate | _Unknown]] = [[_Unknown()] * most for _ in range(trees)]
+        self._per_tree: list[Sequence[Candidate | Claim]] = [[Claim()] * most for _ in range(trees)]
         self._picked = [0] * trees
 
     def ended(self, tree: int, ranked: Sequence[Candidate]) -> list[tuple[int, int, Candidate]]:
@@ -128,8 +128,8 @@ class Allocation:
 
 
 @dataclass(frozen=True)
-class _Unknown:
-    """What a group that is still running may turn out to hold."""
+class Claim:
+    """What `allocate` has to know of a candidate; of one that a running group may turn out to hold, the default."""
 
     order: float = -math.inf
 

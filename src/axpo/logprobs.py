@@ -37,7 +37,7 @@ class _TargetLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets, banned)
         ctx.temperature = temperature
         chosen = []
-        for start in range(0, len(hidden), ROWS):
+        for start in range(0, max(1, len(hidden)), ROWS):
             rows = slice(start, start + ROWS)
             given = targets[rows, None]  # nothing but what is gathered outlives its chunk
             chosen.append(policy_logprobs(linear(hidden[rows], weight), banned, temperature).gather(1, given)[:, 0])

@@ -57,6 +57,17 @@ def cispo_surrogate(
     return ratio.clamp(1 - clip_low, 1 + clip_high).detach() * advantages * logprobs
 
 
+def importance_weights(old_logprobs: Tensor, sampling_logprobs: Tensor, cap: float) -> Tensor:
+    """min(π_old/π_sampling, cap) for each token, (n,), without gradient: truncated importance sampling.
+
+    π_old is the policy before the update as the trainer computes it, π_sampling what the engine drew from. A token
+    whose log-prob of sampling is NaN was not sampled after its path and weighs 1 (or the cap, where that is less).
+    Source: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025.
+    """
+    log_ratio = (old_logprobs - sampling_logprobs).detach().nan_to_num(nan=0.0)
+    return log_ratio.clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT).exp().clamp(max=cap)
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -68,16 +79,20 @@ def policy_loss(
     clip_high: float = 0.4,
     kl: float = 1e-3,
     surrogate: Literal["clipped", "cispo"] = "clipped",
+    importance: Tensor | None = None,
 ) -> Tensor:
-    """−Σᵢ wᵢ (surrogateᵢ − β·KLᵢ), a scalar to be minimised (eqs. 5 and 6), β being `kl`.
+    """−Σᵢ wᵢ (vᵢ·surrogateᵢ − β·KLᵢ), a scalar to be minimised (eqs. 5 and 6), β being `kl`.
 
     All tensors are (n,) over trained tokens; `weights` come from `token_weights`. A token whose old log-prob is NaN was
     not sampled after its path: its ratio is 1. Parts of a step add up to the whole of it. Without a reference there is
-    no KL term.
+    no KL term. The `importance` v comes from `importance_weights`, without it v is 1; as in verl and TRL it does not
+    weigh the KL term.
     """
     old_logprobs = torch.where(old_logprobs.isnan(), logprobs.detach(), old_logprobs)
     kind = clipped_surrogate if surrogate == "clipped" else cispo_surrogate
     objective = kind(logprobs, old_logprobs, advantages, clip_low, clip_high)
+    if importance is not None:
+        objective = importance * objective
     if reference_logprobs is not None:
         objective = objective - kl * kl_k3(logprobs, reference_logprobs)
     return -(weights * objective).sum()

@@ -282,6 +282,12 @@ class TrainConfig(Section):
     Default: false."""
     autocast: bool = False
     """Compute the updates' forward and backward in bfloat16 over float32 weights. Default: false."""
+    vision: bool = True
+    """false: the vision tower, with what maps its output into the language model, stays as it is. Default: true."""
+    importance_cap: Real | None = Field(default=None, gt=0)
+    """Truncated importance sampling: a token's share in the loss, its KL term aside, is weighted by the probability
+    that the trainer gives it before the update over the one that the engine sampled it with, at most so much (Yao et
+    al. 2025; verl and TRL take 2). Then old_logprobs: auto computes anew. Default: none given, no weights."""
     old_logprobs: Literal["auto", "recompute"] = "auto"
     """Log-probs that the probability ratio compares with: auto takes those of sampling where they are exact (top_p 1,
     top_k 0, float32, no autocast) and else computes them anew before the update, recompute always. Default: auto."""
@@ -323,14 +329,19 @@ class EvalConfig(Section):
 
 
 class EngineConfig(Section):
-    """The embedded engine, which generates with the trained model itself."""
+    """What generates the rollouts."""
 
+    name: Literal["local", "vllm"] = "local"
+    """local: the embedded engine, which generates with the trained model itself; vllm: vLLM, see `vllm`.
+    Default: local."""
     max_batch: Integer = Field(default=64, ge=1)
-    """Rollouts that generate at the same time. Default: 64."""
+    """Rollouts that generate at the same time; vLLM's servers decide that themselves. Default: 64."""
     overlap: Integer = Field(default=16, ge=0)
-    """Decoding steps that go on while a tool runs; then all wait for it, so that a seed repeats a run. Default: 16."""
+    """Local only: decoding steps that go on while a tool runs; then all wait for it, so that a seed repeats a run.
+    Default: 16."""
     kv_memory: Real = Field(default=2.0, gt=0)
-    """GiB for keys and values. Over it, what was used longest ago is dropped and computed again. Default: 2."""
+    """GiB for keys and values of the local engine, and of vLLM on a CPU. Over it, what was used longest ago is dropped
+    and computed again. Default: 2."""
 
 
 class AlarmsConfig(Section):
@@ -349,5 +360,8 @@ class AlarmsConfig(Section):
     """Greatest share of the rollouts of one step that are void. Default: 0.25; 1: no alarm."""
     one_outcome: Real = Field(default=0.9, ge=0, le=1)
     """Greatest share of the groups of n steps in which all rollouts have the same reward. Default: 0.9; 1: no alarm."""
+    mismatch: Real = Field(default=0.05, ge=0)
+    """Greatest mean difference, over the tokens of a step, of the log-probs of sampling and of training at the same
+    weights, in nats. Default: 0.05; 0: no alarm."""
     stop: bool = False
     """true: the first alarm ends the run, after its checkpoint is saved. Default: false."""

@@ -73,6 +73,23 @@ def pack_trees(trees: Sequence[RolloutTree], chat: Chat, token_limit: int) -> li
     return [_join(part) for part in bins]
 
 
+def idle_pack(chat: Chat) -> Pack:
+    """A pack that teaches nothing: with it a process whose share is done takes part in what the others compute."""
+    indices, numbers = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.float64)
+    return Pack(
+        ids=torch.full((2,), chat.pad_id),
+        positions=torch.arange(2).expand(3, 2),
+        until=torch.full((2,), 2),
+        images=(),
+        keep=torch.zeros(1, dtype=torch.long),
+        sources=indices,
+        targets=indices,
+        old_logprobs=numbers,
+        advantages=numbers,
+        stream_tokens=numbers,
+    )
+
+
 @dataclass
 class _Bin:
     """Trees that make one pack; what they have in common is kept up to date, so that a trial costs one comparison."""

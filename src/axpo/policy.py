@@ -6,7 +6,6 @@ forward, and the same log-probs of the same distribution.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from axpo import attention
+from axpo.adapters import FOLDER as ADAPTER
+from axpo.adapters import adapted_layers, load_adapters, merged
 from axpo.attention import TreeMask
 from axpo.chat import Chat
+from axpo.sharding import gather_outer, set_weight, whole
 
 
 class PolicyError(ValueError):
     """A model that cannot be loaded."""
 
 
-@dataclass(frozen=True)
 class ImageFeatures:
     """What the vision encoder computed: a tensor (tokens, hidden) for each image, and the same for each layer
-    that feeds the language model directly (DeepStack). The names are those that the model reads."""
+    that feeds the language model directly (DeepStack). The names are those that the model reads.
 
-    pooler_output: Sequence[Tensor]
-    deepstack_features: Sequence[Sequence[Tensor]]
+    Not a dataclass, in which FSDP2 would find the tensors and, once it has their gradients, take the backward of all
+    that is outside of the layers as done: that of the vision tower, which made them, is still to come.
+    """
+
+    def __init__(self, pooler_output: Sequence[Tensor], deepstack_features: Sequence[Sequence[Tensor]]) -> None:
+        self.pooler_output = pooler_output
+        self.deepstack_features = deepstack_features
 
 
 def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -88,10 +94,53 @@ def output_head(model: PreTrainedModel) -> torch.nn.Linear:
     return head
 
 
+def vision_tower(model: PreTrainedModel) -> torch.nn.Module | None:
+    """What encodes images, with what maps its output into the language model; None where the model does not see."""
+    tower: torch.nn.Module | None = getattr(model.base_model, "visual", None)
+    return tower
+
+
+def freeze_vision(model: PreTrainedModel) -> None:
+    """Train no weight of the vision tower. Raises PolicyError for a model that sees, but not by such a part."""
+    tower = vision_tower(model)
+    if tower is not None:
+        tower.requires_grad_(False)
+    elif getattr(model.config, "vision_config", None) is not None:
+        raise PolicyError(f"train.vision: cannot be false for {type(model).__name__}, whose vision tower is not known")
+
+
+def policy_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Each weight of the policy by its name in a checkpoint: whole, with the adapters merged in.
+
+    Tied weights come once. Processes that share the weights (sharding.py) must all run through it.
+    """
+    adapted = adapted_layers(model)
+    for name, parameter in model.named_parameters():
+        layer, _, own = name.partition(".base_layer.")
+        weight = whole(parameter.detach())
+        if own:
+            yield f"{layer}.{own}", merged(weight, adapted[layer]) if own == "weight" else weight
+        elif ".lora_" not in name:
+            yield name, weight
+
+
+def restore_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Take the weights of a checkpoint of the same policy; of one with adapters only theirs."""
+    if adapted_layers(model):
+        load_adapters(model, checkpoint / ADAPTER)
+        return
+    saved = dict(load_policy(checkpoint, model.dtype).named_parameters())
+    for name, parameter in model.named_parameters():
+        set_weight(parameter, saved[name])
+
+
 def image_features(model: PreTrainedModel, pixels: Tensor, grids: Tensor) -> ImageFeatures:
     """Encode images: patches (P, dim) and grids (n, 3), as `Chat.pixels` gives them."""
     encode: Any = model.get_image_features
-    features = encode(pixels.to(model.device), grids.to(model.device), return_dict=True)
+    tower = vision_tower(model)
+    trained = tower is None or any(parameter.requires_grad for parameter in tower.parameters())
+    with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        features = encode(pixels.to(model.device), grids.to(model.device), return_dict=True)
     return ImageFeatures(features.pooler_output, features.deepstack_features)
 
 
@@ -178,6 +227,7 @@ def update_forward(model: PreTrainedModel, checkpointing: bool = False, autocast
     `autocast` matrix products and attention are in bfloat16; weights, their gradients and log-probs stay as they are.
     Raises PolicyError for a model that does not say which its layers are.
     """
+    gather_outer(model)
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if checkpointing else []
     if checkpointing and not layers:
         raise PolicyError(f"{type(model).__name__} does not support gradient checkpointing")

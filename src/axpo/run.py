@@ -19,6 +19,7 @@ from axpo.storage import save_trees
 from axpo.tree import RolloutTree
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from axpo.chat import Chat
@@ -33,6 +34,7 @@ class Run:
         """Make the folder. Raises ConfigError where it holds something already: nothing is ever overwritten."""
         self.folder = config.output
         self.command = command
+        self.made = True
         if self.folder.exists() and any(self.folder.iterdir()):
             raise ConfigError(
                 f"output: {self.folder} is not empty; must be a new folder, so that no run is overwritten"
@@ -48,7 +50,7 @@ class Run:
         Raises ConfigError where it is none, another command made it, or it has ended.
         """
         run = cls.__new__(cls)
-        run.folder = folder.absolute()
+        run.folder, run.made = folder.absolute(), False
         status = run_status(run.folder)
         run.command = str(status["command"])
         if run.command != "train":
@@ -68,6 +70,11 @@ class Run:
                     f"{self.folder}: another process is writing this run; wait for it, or end it"
                 ) from None
             yield
+
+    def discard(self) -> None:
+        """Remove the folder, if this command has made it and nothing has run: it would be in the next one's way."""
+        if self.made and not (self.folder / "metrics.jsonl").exists():
+            shutil.rmtree(self.folder)
 
     def end(self) -> None:
         """Note that all is done."""
@@ -96,14 +103,20 @@ class Run:
     ) -> Path:
         """Write a folder that `from_pretrained` opens: weights, tokenizer with its template, image processor.
 
-        With them, in one rename, goes the state of training: tensors, numbers and texts in dicts and lists.
+        Adapters are merged into the weights, and also lie in a folder of their own. With them, in one rename, goes the
+        state of training: tensors, numbers and texts in dicts and lists.
         """
         import torch
+
+        from axpo.adapters import FOLDER, save_adapters
 
         beside, place, old = self._places(name)
         for leftover in (beside, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        model.save_pretrained(beside)
+        weights, adapters = _gathered(model)
+        model.save_pretrained(beside, state_dict=weights)
+        if adapters:
+            save_adapters(model, beside / FOLDER, adapters)
         chat.save(beside)
         if state is not None:
             torch.save(dict(state), beside / TRAINING_STATE)
@@ -121,15 +134,21 @@ class Run:
         """
         import torch
 
-        beside, place, old = self._places(name)
-        if old.exists() and not place.exists():  # killed between the two renames: the new one is whole
-            (beside if beside.exists() else old).rename(place)
+        self.complete_checkpoint(name)
+        _, place, _ = self._places(name)
         if not place.exists():
             return None
         if not (place / TRAINING_STATE).is_file():
             raise ConfigError(f"{place}: holds no {TRAINING_STATE}, without which training cannot go on")
-        state: dict[str, Any] = torch.load(place / TRAINING_STATE, map_location="cpu", weights_only=True)
+        # Mapped, not read: several processes may hold it at once.
+        state: dict[str, Any] = torch.load(place / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True)
         return state
+
+    def complete_checkpoint(self, name: str = "checkpoint") -> None:
+        """Put a checkpoint in its place where a process was killed as it did so."""
+        beside, place, old = self._places(name)
+        if old.exists() and not place.exists():  # killed between the two renames: the new one is whole
+            (beside if beside.exists() else old).rename(place)
 
     def _places(self, name: str) -> tuple[Path, Path, Path]:
         """Where a checkpoint is written, where it lies, and where the one before goes meanwhile."""
@@ -161,6 +180,43 @@ class Run:
             for line in lines
             if line["stage"] == "eval"
         }
+
+
+class FollowedRun(Run):
+    """A run folder that another process of the training writes: what is to be written is left to that one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.command = "train"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        yield
+
+    def log(self, figures: Mapping[str, Any]) -> None: ...
+
+    def save_trees(self, name: str, trees: Sequence[RolloutTree]) -> None: ...
+
+    def save_summary(self, summary: Mapping[str, Any], name: str = "summary") -> None: ...
+
+    def rewind(self, stage: str, steps: int) -> None: ...
+
+    def discard(self) -> None: ...
+
+    def save_checkpoint(
+        self, model: "PreTrainedModel", chat: "Chat", name: str = "checkpoint", state: Mapping[str, Any] | None = None
+    ) -> Path:
+        _gathered(model, keep=False)  # the others' part in it
+        return self.folder / name
+
+
+def _gathered(model: "PreTrainedModel", keep: bool = True) -> "tuple[dict[str, Tensor], dict[str, Tensor]]":
+    """The policy's weights and those of its adapters, whole, on the CPU; no weights where they need not be kept."""
+    from axpo.adapters import adapter_weights
+    from axpo.policy import policy_weights
+
+    weights = {name: weight.cpu() for name, weight in policy_weights(model) if keep}
+    return weights, adapter_weights(model)
 
 
 def run_status(folder: Path) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def sft_steps(
         config.train.weight_decay,
         config.train.grad_clip,
         total_steps=options.steps,
+        offload=config.parallel.offload,
     )
     banned = banned_tokens(chat, model)
     rng = np.random.default_rng(config.seed)
@@ -75,5 +76,6 @@ def sft_steps(
             with update_forward(model, config.train.gradient_checkpointing, config.train.autocast):
                 loss = -pack_logprobs(model, pack, chat, banned).sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.take()
             total += loss.item()
         yield {"step": step + 1, "loss": total, "grad_norm": optimizer.step(), "trained_tokens": tokens}

@@ -4,6 +4,8 @@ import copy
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,18 @@ from axpo.agent import Agent
 from axpo.config import Config
 from axpo.credit import one_outcome
 from axpo.diagnostics.gap import Figures, measure
+from axpo.diagnostics.mismatch import Mismatch
 from axpo.drawing import Drawing
-from axpo.loss import kl_k3, policy_loss, token_weights
+from axpo.engines.base import Counters
+from axpo.loss import importance_weights, kl_k3, policy_loss, token_weights
 from axpo.methods import METHODS
 from axpo.optimizer import Optimizer
-from axpo.packing import Pack, PackInputs, forward_logprobs, pack_logprobs, pack_trees
-from axpo.policy import PolicyError, banned_tokens, update_forward
+from axpo.packing import Pack, PackInputs, forward_logprobs, idle_pack, pack_logprobs, pack_trees
+from axpo.parallel import ALONE, Ranks, in_order
+from axpo.policy import PolicyError, banned_tokens, restore_weights, update_forward, vision_tower
 from axpo.questions import Question
+from axpo.reference import Reference
+from axpo.sharding import scatter, shard
 from axpo.tree import RolloutTree
 
 TRAINING = 0  # keeps its random numbers apart from those of evaluation
@@ -30,51 +37,84 @@ TRAINING = 0  # keeps its random numbers apart from those of evaluation
 class Trainer:
     """Holds what lasts from step to step: the policy, its frozen reference, the optimizer.
 
-    The agent's engine generates with `model` itself. The reference is the policy as it is given (the SFT checkpoint).
+    The agent's engine generates with `model` itself, or with weights that it takes from it. The reference is the policy
+    as it is given (the SFT checkpoint).
+    Over several processes (`ranks`) each has all of this, draws and learns from its share of a step's questions, and
+    what it learns is added up.
     """
 
-    def __init__(self, config: Config, agent: Agent, model: PreTrainedModel, questions: Sequence[Question]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        agent: Agent,
+        model: PreTrainedModel,
+        questions: Sequence[Question],
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.config = config
+        self.ranks = ranks
         self.agent = agent
         self.questions = questions
         self.method = METHODS[config.method.name]
         self.kept = 0  # rollouts that an adaptive budget has left over
         self.done: int | None = 0  # the steps that made the weights; None while an update moves them
         self.model = model
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if config.method.kl > 0 else None
+        parallel, train = config.parallel, config.train
+        self.shared = parallel.sharding == "full"
+        self.reference = Reference(model, parallel.offload, self.shared) if config.method.kl > 0 else None
         # Enough to tell weights apart: the sum of each parameter of the policy that training starts from.
         self.start = torch.stack([p.detach().sum(dtype=torch.float64) for p in model.parameters()]).cpu()
         self.banned = banned_tokens(agent.chat, self.model)
-        train = config.train
+        if self.shared:
+            shard(model)
         self.optimizer = Optimizer(
-            self.model, train.learning_rate, train.warmup_steps, train.weight_decay, train.grad_clip
+            model,
+            train.learning_rate,
+            train.warmup_steps,
+            train.weight_decay,
+            train.grad_clip,
+            offload=parallel.offload,
         )
+        agent.engine.update_weights()
 
     async def step(self, number: int) -> tuple[list[RolloutTree], Figures]:
-        """One training step (AXPO.md, section 3); `number` counts from 0. Returns its trees and its figures."""
-        started = time.perf_counter()
+        """One training step (AXPO.md, section 3); `number` counts from 0.
+
+        Returns the trees and the figures of all ranks; no trees but on rank 0.
+        """
+        started, before = time.perf_counter(), copy.copy(self.agent.engine.counters)
         drawing = await self.roll_out(number)
-        trees = drawing.trees
         self.agent.engine.sleep()
         rolled_out = time.perf_counter()
-        for tree in trees:
+        for tree in drawing.drawn.values():
             self.method.credit(tree, self.config.method)
+        self.ranks.meet()
         self.done = None
-        figures = self.update(trees)
-        self.kept, self.done = drawing.kept, number + 1
-        self.agent.engine.update_weights()
+        with self.together():
+            figures = self.update(drawing.drawn)
+            self.kept, self.done = drawing.kept, number + 1
+            self.agent.engine.update_weights()
         ended = time.perf_counter()
+        trees = in_order(self.ranks.to_main(drawing.drawn))
+        measured = self.ranks.of_main(measure(trees, self.config.method.threshold))
+        counted = sum(self.ranks.all(self.agent.engine.counters - before), Counters())
+        figures["prefix_hit_rate"] = counted.hit_rate
         seconds = {"rollout_seconds": rolled_out - started, "update_seconds": ended - rolled_out}
-        return trees, {"step": number + 1, **measure(trees, self.config.method.threshold), **figures, **seconds}
+        return trees, {"step": number + 1, **measured, **figures, **seconds}
 
     async def roll_out(self, number: int) -> Drawing:
         """What a step draws: N rollouts of every question, and what the method makes of them."""
         spare = self.spare(number) if self.config.method.dynamic_sampling else []
         seed = (TRAINING, self.config.seed, number)
-        drawing = Drawing(self.agent, self.batch(number), self.config.group_size, seed, spare, self.kept)
+        size = self.config.group_size
+        drawing = Drawing(self.agent, self.batch(number), size, seed, spare, self.kept, self.ranks)
         self.method.explore(drawing, self.config.method)
         await drawing.ended()
         return drawing
+
+    def together(self) -> AbstractContextManager[None]:
+        """Surrounds what uses the weights, for which ranks that share them need each other."""
+        return self.ranks.bound() if self.shared else nullcontext()
 
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on besides the weights, for `restore`. Not while an update moves these.
@@ -84,22 +124,25 @@ class Trainer:
         return {
             "steps": self.done,
             "kept": self.kept,
-            "optimizer": self.optimizer.state(),
+            "optimizer": self.optimizer.state(keep=self.ranks.main),
             "start": self.start,
-            "random": random_state(),
+            "random": self.ranks.all(random_state()),
         }
 
-    def restore(self, state: Mapping[str, Any], weights: PreTrainedModel) -> None:
-        """Go on from what `state` returned, with the weights of then.
+    def restore(self, state: Mapping[str, Any], checkpoint: Path) -> None:
+        """Go on from what `state` returned, with the weights of then, which lie in a checkpoint.
 
         Raises PolicyError where the policy that this trainer was made with is not the one that training started from.
         """
         if state["start"].shape != self.start.shape or not torch.allclose(state["start"], self.start, rtol=1e-6):
             raise PolicyError("model: holds other weights than those that the run started from, which it still needs")
-        self.model.load_state_dict(weights.state_dict())
+        self.agent.engine.sleep()
+        scatter(self.model)
+        restore_weights(self.model, checkpoint)
+        self.agent.engine.update_weights()
         self.done, self.kept = state["steps"], state["kept"]
         self.optimizer.restore(state["optimizer"])
-        restore_random_state(state["random"])
+        restore_random_state(state["random"][self.ranks.rank])
 
     def batch(self, number: int) -> list[Question]:
         """The questions of a step: each epoch goes through all of them once, in an order of its own."""
@@ -116,42 +159,71 @@ class Trainer:
         order = np.random.default_rng([self.config.seed, TRAINING, number]).permutation(len(self.questions))
         return [self.questions[i] for i in order if self.questions[i].id not in taken]
 
-    def update(self, trees: Sequence[RolloutTree]) -> Figures:
-        """One optimizer step for each minibatch of questions (eq. 5)."""
+    def update(self, trees: Mapping[int, RolloutTree]) -> Figures:
+        """One optimizer step for each minibatch of the step's questions (eq. 5): of them these trees, by their places,
+        are this process's.
+
+        The mismatch of sampling and training is measured where the trainer's log-probs before the update are known
+        without a forward of their own: of the first minibatch always, of the others where they are computed anew.
+        """
         if self.config.method.dynamic_sampling:
-            trees = [tree for tree in trees if not one_outcome(tree)]
-        size = -(-len(trees) // self.config.train.minibatches)
-        parts = [trees[start : start + size] for start in range(0, len(trees), max(1, size))]
+            taught = [tree for tree in trees.values() if not one_outcome(tree)]
+            trees = dict(enumerate(taught))
+        count = sum(self.ranks.all(len(trees)))
+        size = max(1, -(-count // self.config.train.minibatches))
+        starts = range(0, count, size)
+        parts = [[tree for place, tree in trees.items() if place // size == start // size] for start in starts]
         packs = [pack_trees(part, self.agent.chat, self.config.train.pack_tokens) for part in parts]
+        packed = sum(len(pack.ids) for part in packs for pack in part)
+        if self.shared:  # a forward is of all ranks: they have equally many
+            most = [max(numbers) for numbers in zip(*self.ranks.all([len(part) for part in packs]), strict=True)]
+            idle = idle_pack(self.agent.chat)
+            packs = [[*part, *([idle] * (number - len(part)))] for part, number in zip(packs, most, strict=True)]
         # Of the first minibatch they are found with its own forward; the others' before any weight moves.
         known = [[self.old_logprobs(pack, moved=index > 0) for pack in part] for index, part in enumerate(packs)]
-        losses, norms, divergences = [], [], []
-        for questions, part, fixed in zip(parts, packs, known, strict=True):
-            if not part:
+        tokens = [sum(len(pack.targets) for pack in part) for part in packs]
+        totals = [int(total) for total in self.ranks.sum(tokens)]  # the loss is a mean over all ranks' tokens
+        pictures = self.ranks.sum([any(pack.images for pack in part) for part in packs])
+        losses, divergences = [], []
+        norms: list[float] = []
+        mismatch = Mismatch()
+        for start, part, fixed, total, seen in zip(starts, packs, known, totals, pictures, strict=True):
+            if not total:
                 continue
-            rollouts = len(questions) * self.config.group_size
-            total = sum(len(pack.targets) for pack in part)
+            rollouts = min(size, count - start) * self.config.group_size
             for pack, old in zip(part, fixed, strict=True):
-                loss, divergence = self.loss(pack, old, rollouts, total)
+                loss, divergence, logprobs = self.loss(pack, old, rollouts, total)
                 loss.backward()  # type: ignore[no-untyped-call]
+                self.optimizer.take()
+                before = old if norms else logprobs  # an update has moved the weights, or none yet
+                if before is not None and before is not pack.old_logprobs:
+                    mismatch += Mismatch.of(pack.old_logprobs, before)
                 losses.append(loss.item())
-                divergences.append((divergence, len(pack.targets)))
+                divergences.append(divergence)
+            if not self.shared:
+                self.ranks.sum_gradients(self.optimizer.stepped, self.model.device)
+            elif not seen and (tower := vision_tower(self.model)) is not None:
+                # FSDP2 has made zeros, by which AdamW would go on with its momentum.
+                self.optimizer.forget(tower.parameters())
             norms.append(self.optimizer.step())
-        trained = sum(count for _, count in divergences)
+        loss_sum, divergence_sum, packed_sum = self.ranks.sum([sum(losses), sum(divergences), packed])
         return {
-            "loss": sum(losses),
-            "kl": sum(kl * count for kl, count in divergences) / trained if trained else None,
+            "loss": loss_sum,
+            "kl": divergence_sum / sum(totals) if sum(totals) else None,
             "grad_norm": max(norms, default=None),
-            "trained_tokens": trained,
-            "packed_tokens": sum(len(pack.ids) for part in packs for pack in part),
+            **sum(self.ranks.all(mismatch), Mismatch()).figures(),
+            "trained_tokens": sum(totals),
+            "packed_tokens": int(packed_sum),
         }
 
     def old_logprobs(self, pack: Pack, moved: bool) -> Tensor | None:
         """The log-probs (n,) of the policy that sampled: its own, or computed anew (`train.old_logprobs`).
 
         None where the policy has not `moved` before the pack is trained, so that the forward of the loss gives them.
+        With `train.importance_cap` they are computed anew: the weights compare them with those of sampling.
         """
-        if self.config.train.old_logprobs == "auto" and self.config.sampling_is_exact:
+        train = self.config.train
+        if train.old_logprobs == "auto" and self.config.sampling_is_exact and train.importance_cap is None:
             return pack.old_logprobs
         if not moved:
             return None
@@ -165,18 +237,22 @@ class Trainer:
         with update_forward(self.model, autocast=self.config.train.autocast):
             return pack_logprobs(self.model, pack, self.agent.chat, self.banned, self.config.rollout.temperature)
 
-    def loss(self, pack: Pack, old: Tensor | None, rollouts: int, total_tokens: int) -> tuple[Tensor, float]:
-        """The pack's share of the loss, and its mean KL to the reference (0 without one)."""
+    def loss(self, pack: Pack, old: Tensor | None, rollouts: int, total_tokens: int) -> tuple[Tensor, float, Tensor]:
+        """The pack's share of the loss, the sum of its tokens' KL to the reference (0 without one), and its log-probs
+        (n,)."""
         options, train, temperature = self.config.method, self.config.train, self.config.rollout.temperature
         inputs = PackInputs.of(pack, self.agent.chat, self.model.device)
         reference = None
         if self.reference is not None:
-            with torch.no_grad(), update_forward(self.reference, autocast=train.autocast):
-                reference = forward_logprobs(self.reference, inputs, self.banned, temperature)
+            with torch.no_grad(), self.reference.present() as model, update_forward(model, autocast=train.autocast):
+                reference = forward_logprobs(model, inputs, self.banned, temperature)
         with update_forward(self.model, train.gradient_checkpointing, train.autocast):
             logprobs = forward_logprobs(self.model, inputs, self.banned, temperature)
         old, advantages = (logprobs.detach() if old is None else old.to(logprobs)), pack.advantages.to(logprobs)
         weights = token_weights(pack.stream_tokens.to(logprobs), rollouts, total_tokens, options.aggregation)
+        importance = None
+        if train.importance_cap is not None:
+            importance = importance_weights(old, pack.old_logprobs.to(logprobs), train.importance_cap)
         loss = policy_loss(
             logprobs,
             old,
@@ -187,9 +263,10 @@ class Trainer:
             clip_high=options.clip_high,
             kl=options.kl,
             surrogate=self.method.loss,
+            importance=importance,
         )
-        divergence = 0.0 if reference is None else kl_k3(logprobs.detach(), reference).mean().item()
-        return loss, divergence
+        divergence = 0.0 if reference is None else kl_k3(logprobs.detach(), reference).sum().item()
+        return loss, divergence, logprobs.detach()
 
 
 def random_state() -> dict[str, Any]:

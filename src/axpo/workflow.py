@@ -13,7 +13,8 @@ from axpo.config import Config
 from axpo.diagnostics.alarms import Alarms, AlarmStop
 from axpo.engines.base import Engine
 from axpo.evaluation.runner import evaluate, summarise
-from axpo.policy import load_policy
+from axpo.parallel import ALONE, Ranks, in_order
+from axpo.preflight import preflight
 from axpo.questions import Question
 from axpo.run import Run
 from axpo.sft import sft_steps
@@ -40,62 +41,77 @@ async def run_training(
     chat: Chat,
     toolbox: Toolbox,
     data: build.Data,
+    engine: Engine | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Train by reinforcement and evaluate; returns the last evaluation.
+    """Train by reinforcement and evaluate; returns the last evaluation. `engine` is one of this model that is there.
+
+    Every rank runs this, with a `run` of the same folder, which only that of rank 0 writes.
 
     Goes on from the run's last checkpoint, if it has one: what came after it is done again, in the same numbers.
 
     Trees and figures are written with every step, a checkpoint every `train.save_every` steps and at the end,
     also where the run is interrupted. An alarm that begins is logged as a warning.
 
-    Raises AlarmStop at the first alarm, the checkpoint being saved, where `alarms.stop` says so.
+    Raises AlarmStop at the first alarm, the checkpoint being saved, where `alarms.stop` says so, and PreflightError
+    before the first step, nothing having been written.
     """
     assert data.train is not None
-    engine = build.make_engine(config, model, chat)
-    trainer = Trainer(config, build.training_agent(config, engine, chat, toolbox), model, data.train)
+    engine = engine or build.make_engine(config, model, chat, ranks=ranks)
+    trainer = Trainer(config, build.training_agent(config, engine, chat, toolbox), model, data.train, ranks)
     alarms = Alarms(config.alarms, bool(config.tools.names))
     saved = None
+    if ranks.main:
+        run.complete_checkpoint()
+    ranks.meet()
     if (state := run.training_state()) is not None:
-        trainer.restore(state["trainer"], load_policy(run.folder / "checkpoint", model.dtype))
+        trainer.restore(state["trainer"], run.folder / "checkpoint")
         alarms.restore(state["alarms"])
         saved = trainer.done
     done, steps, name = saved or 0, config.train.steps, config.method.name
+    if config.preflight and done < steps:
+        await preflight(trainer, run.folder)
     run.rewind(name, done)
-    evaluated = run.evaluations()
+    evaluated = ranks.of_main(run.evaluations())
 
     async def evaluate_as(called: str) -> dict[str, Any]:
-        return await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval or [], called)
+        return await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval or [], called, ranks)
 
     def save() -> None:
-        run.save_checkpoint(model, chat, state={"trainer": trainer.state(), "alarms": alarms.state()})
+        with trainer.together():
+            run.save_checkpoint(model, chat, state={"trainer": trainer.state(), "alarms": alarms.state()})
+        ranks.all(None)  # nobody goes on, or ends, before it is written
 
     progress.stage(name, steps - done)
     try:
-        while done < steps:
-            due = data.eval and config.eval.every and done and done % config.eval.every == 0
-            if due and f"step_{done}" not in evaluated:
-                await evaluate_as(f"step_{done}")
-                progress.stage(name, steps - done)
-            started = time.perf_counter()
-            trees, figures = await trainer.step(done)
-            run.save_trees(f"step_{done + 1:05d}", trees)
-            figures["seconds"] = time.perf_counter() - started
-            on = alarms.step(figures)
-            run.log({"stage": name, **figures, "alarms": [alarm.name for alarm in on]})
-            done += 1
-            progress.step(figures)
-            for alarm in on:
-                if alarm.begun:
-                    logger.warning("step %d: %s", done, alarm.message)
-            if on and config.alarms.stop:
-                names = ", ".join(alarm.name for alarm in on)
-                raise AlarmStop(f"stopped after step {done} by alarms.stop ({names})")
-            if config.train.save_every and done % config.train.save_every == 0:
-                save()
-                saved = done
+        with ranks.together():
+            while done < steps:
+                due = data.eval and config.eval.every and done and done % config.eval.every == 0
+                if due and f"step_{done}" not in evaluated:
+                    await evaluate_as(f"step_{done}")
+                    progress.stage(name, steps - done)
+                started = time.perf_counter()
+                trees, figures = await trainer.step(done)
+                run.save_trees(f"step_{done + 1:05d}", trees)
+                figures["seconds"] = time.perf_counter() - started
+                on = alarms.step(figures)
+                run.log({"stage": name, **figures, "alarms": [alarm.name for alarm in on]})
+                done += 1
+                progress.step(figures)
+                for alarm in on:
+                    if alarm.begun:
+                        logger.warning("step %d: %s", done, alarm.message)
+                if on and config.alarms.stop:
+                    names = ", ".join(alarm.name for alarm in on)
+                    raise AlarmStop(f"stopped after step {done} by alarms.stop ({names})")
+                if config.train.save_every and done % config.train.save_every == 0:
+                    save()
+                    saved = done
     finally:
         # An error amid an update, or amid writing a step, leaves weights that are of no logged step.
-        if trainer.done == done != saved:
+        if not ranks.lost and all(
+            made == done != saved for made, done, saved in ranks.all((trainer.done, done, saved))
+        ):
             save()
     if name in evaluated:
         return evaluated[name]
@@ -111,14 +127,20 @@ async def run_evaluation(
     toolbox: Toolbox,
     questions: Sequence[Question],
     name: str,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """Evaluate the engine's model as it is; logs and returns the figures, and writes the trees."""
+    """Evaluate the engine's model as it is; logs and returns the figures, and writes the trees.
+
+    Each rank evaluates its share of the questions; progress is that of the own share.
+    """
     agent = build.evaluation_agent(config, engine, chat, toolbox)
-    progress.stage(f"evaluation of {name}", len(questions))
+    progress.stage(f"evaluation of {name}", len(ranks.share(len(questions))))
     samples = config.eval.samples
     started = time.perf_counter()
-    groups = await evaluate(agent, questions, samples, config.seed, lambda: progress.step({}))
-    summary = summarise(groups, samples, config.method.threshold)
+    with ranks.together():
+        own = await evaluate(agent, questions, samples, config.seed, lambda: progress.step({}), ranks.share)
+        groups = in_order(ranks.to_main(own))
+        summary = ranks.of_main(summarise(groups, samples, config.method.threshold))
     run.save_trees(f"eval_{name}", [tree for tree, _ in groups])
     run.log({"stage": "eval", "of": name, **summary, "seconds": time.perf_counter() - started})
     return summary

@@ -1,4 +1,5 @@
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from axpo.config import ConfigError, load_config
 from axpo.diagnostics.alarms import Alarm, Alarms, falls
 from axpo.options import AlarmsConfig
 
-FINE: dict[str, Any] = {"tool_use": 0.4, "one_outcome": 0.5, "void": 0, "rollouts": 100}
+FINE: dict[str, Any] = {"tool_use": 0.4, "one_outcome": 0.5, "void": 0, "rollouts": 100, "mismatch_mean": 1e-6}
 
 
 def play(series: list[dict[str, Any]], tools: bool = True, **options: Any) -> list[list[str]]:
@@ -93,6 +94,15 @@ def test_groups_of_one_outcome_are_a_mean_over_n_steps():
     assert play([{"one_outcome": 1.0}] * 9, steps=7, one_outcome=1)[-1] == []
 
 
+def test_mismatch_is_judged_step_by_step_and_a_step_without_tokens_leaves_it_as_it_was():
+    values = [0.05, 0.051, None, None, 0.01, None, math.nan, None, 0.0, math.inf]
+    found = play([{"mismatch_mean": value} for value in values])
+    assert [bool(names) for names in found] == [value in "xo" for value in ".xoo..xo.x"]
+    assert {name for names in found for name in names} == {"mismatch"}
+    assert play([{"mismatch_mean": None}]) == [[]]
+    assert play([{"mismatch_mean": 9.0}, {"mismatch_mean": math.nan}], mismatch=0) == [[], []]
+
+
 def test_an_alarm_begins_once_and_again_after_it_has_ended():
     alarms = Alarms(AlarmsConfig())
     begun = [[alarm.begun for alarm in alarms.step({**FINE, "void": void})] for void in (50, 60, 0, 50)]
@@ -102,6 +112,12 @@ def test_an_alarm_begins_once_and_again_after_it_has_ended():
 def test_a_message_holds_the_figure_and_the_option():
     (void,) = Alarms(AlarmsConfig()).step({**FINE, "void": 50})
     assert void == Alarm("void", "50.0% of the rollouts of the step are void, more than alarms.void = 25.0%", True)
+    (mismatch,) = Alarms(AlarmsConfig()).step({**FINE, "mismatch_mean": 0.1234})
+    assert mismatch.message == (
+        "the log-probs of sampling and training differ by 0.123 a token on average, more than alarms.mismatch = 0.05: "
+        "look at whether the engine has the trainer's weights, dtype and train.autocast, rollout.top_p and top_k; "
+        "train.importance_cap corrects for it"
+    )
     alarms = Alarms(AlarmsConfig(steps=7))
     for share in (0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01):
         found = alarms.step({**FINE, "tool_use": share, "one_outcome": 0.95})
@@ -119,6 +135,7 @@ def test_a_message_holds_the_figure_and_the_option():
     [
         ("alarms.steps=6", "alarms.steps: got 6, must be greater than or equal to 7"),
         ("alarms.void=1.5", "alarms.void: got 1.5, must be less than or equal to 1"),
+        ("alarms.mismatch=-1", "alarms.mismatch: got -1, must be greater than or equal to 0"),
         ("alarms.stop=maybe", "alarms.stop: got 'maybe', must be a valid boolean"),
         ("alarms.tool_used=0", "alarms.tool_used: unknown key -> did you mean alarms.tool_use?"),
     ],
@@ -131,6 +148,8 @@ def test_mistakes(override: str, expected: str):
 
 def test_restored_they_say_what_they_would_have_said():
     series = [FINE | figures for figures in uses(0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.01, 0.01, 0.01)]
+    for figures, value in zip(series, (0.0, 0.2, None, None, 0.0), strict=False):
+        figures["mismatch_mean"] = value
     whole = Alarms(AlarmsConfig(steps=7))
     first = [whole.step(figures) for figures in series]
     assert any(alarm.begun for alarms in first for alarm in alarms)

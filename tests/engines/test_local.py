@@ -1,33 +1,18 @@
 import asyncio
-import io
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
-import PIL.Image
 import pytest
 import torch
+from asking import PICTURES, TOOL, Prompt, answers, fresh_logprobs, longer, request
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from axpo.chat import Chat
-from axpo.engines.base import Engine, Finish, Generation, Request, RolloutKey, Sampling
+from axpo.engines.base import Finish, Generation, RolloutKey, Sampling
 from axpo.engines.local import LocalEngine
-from axpo.policy import banned_tokens, forward_logits, policy_logprobs, vocabulary_size
-from axpo.positions import mrope_positions
-from axpo.tree import Image
-
-Prompt = tuple[list[int], tuple[Image, ...]]
-TOOL = {"type": "function", "function": {"name": "zoom", "description": "Look closer.", "parameters": {}}}
-
-
-def noise(width: int, height: int) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.effect_noise((width, height), 90).convert("RGB").save(file, "PNG")
-    return file.getvalue()
-
-
-PICTURES = [noise(64, 96), noise(64, 96), noise(96, 64)]
+from axpo.policy import banned_tokens, vocabulary_size
 
 
 @pytest.fixture
@@ -39,44 +24,6 @@ def engine(tiny_model: Any, chat: Chat) -> LocalEngine:
 def prompt(chat: Chat) -> Prompt:
     content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
     return chat.prompt([{"role": "user", "content": content}], PICTURES[:1], [TOOL])
-
-
-def request(prompt: Prompt, seed: int = 0, question: str = "q", index: int = 0, **sampling: Any) -> Request:
-    return Request(*prompt, Sampling(**{"max_tokens": 12, **sampling}), seed, RolloutKey(question, index))
-
-
-def answers(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
-    async def ask() -> list[Generation]:
-        return await asyncio.gather(*(engine.generate(request) for request in requests))
-
-    return asyncio.run(ask())
-
-
-def longer(prompt: Prompt, ids: Sequence[int], images: Sequence[Image] = ()) -> Prompt:
-    return [*prompt[0], *ids], (*prompt[1], *images)
-
-
-@torch.no_grad()
-def fresh_logprobs(model: Any, chat: Chat, request: Request, ids: Sequence[int]) -> list[float]:
-    """The oracle: one full forward of the whole path, then the sampling rules row by row, in plain Python."""
-    whole, prompt = [*request.ids, *ids], len(request.ids)
-    positions, _ = mrope_positions(whole, request.images, chat.image_token_id or -1, chat.merge_size)
-    mask = torch.ones(1, 1, len(whole), len(whole), dtype=torch.bool).tril()
-    images = chat.pixels(request.images) if request.images else None
-    logits = forward_logits(model, torch.tensor([whole]), torch.from_numpy(positions)[:, None], mask, images)
-    rules = request.sampling
-    rows = policy_logprobs(logits[0, prompt - 1 : -1], banned_tokens(chat, model), rules.temperature)
-    result = []
-    for row, drawn in zip(rows.exp().tolist(), ids, strict=True):
-        ranked = sorted(range(len(row)), key=lambda i: -row[i])[: rules.top_k or None]
-        mass, kept = 0.0, []
-        for i in ranked:
-            if mass >= rules.top_p * sum(row[j] for j in ranked):
-                break
-            kept.append(i)
-            mass += row[i]
-        result.append(torch.tensor(row[drawn] / mass if drawn in kept else 0.0).log().item())
-    return result
 
 
 # What is sampled

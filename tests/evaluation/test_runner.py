@@ -78,7 +78,8 @@ def run(chat: Chat, tiny_model: Qwen3VLForConditionalGeneration) -> Callable[...
         agent = Agent(
             LocalEngine(tiny_model, chat), chat, Toolbox([]), Sampling(temperature, max_tokens=4), Limits(context=400)
         )
-        return [t for t, _ in asyncio.run(evaluate(agent, [question(name) for name in "pqr"], 3, seed, done))]
+        groups = asyncio.run(evaluate(agent, [question(name) for name in "pqr"], 3, seed, done))
+        return [tree for tree, _ in groups.values()]
 
     return run
 

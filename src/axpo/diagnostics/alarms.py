@@ -29,7 +29,8 @@ class Alarm:
 class Alarms:
     """Takes the figures of one step after another (`axpo.diagnostics.gap.measure`) and says which alarms are on.
 
-    Void rollouts are judged step by step, since a provider that is down spoils each step. Tool use and groups of one
+    Void rollouts are judged step by step, since a provider that is down spoils each step, and so is the mismatch of
+    sampling and training, which is a mean over thousands of tokens. Tool use and groups of one
     outcome vary with the questions of a step, so they are means over the last n steps (`alarms.steps`), and no alarm
     before there were as many. Where the policy has no tools, its tool use is left alone.
     """
@@ -40,23 +41,32 @@ class Alarms:
         self._on: set[str] = set()
         self._tool_use: deque[float] = deque(maxlen=options.steps)
         self._one_outcome: deque[float] = deque(maxlen=options.steps)
+        self._mismatch = 0.0
 
     def step(self, figures: Mapping[str, Any]) -> list[Alarm]:
         """The alarms that are on after the next step. A figure that is None leaves its alarm as it was."""
         for figure, kept in (("tool_use", self._tool_use), ("one_outcome", self._one_outcome)):
             if figures[figure] is not None:
                 kept.append(figures[figure])
+        if figures["mismatch_mean"] is not None:
+            self._mismatch = figures["mismatch_mean"]
         alarms = [Alarm(name, message, name not in self._on) for name, message in self._found(figures)]
         self._on = {alarm.name for alarm in alarms}
         return alarms
 
-    def state(self) -> dict[str, list[Any]]:
+    def state(self) -> dict[str, Any]:
         """What the next steps are judged by."""
-        return {"on": sorted(self._on), "tool_use": [*self._tool_use], "one_outcome": [*self._one_outcome]}
+        return {
+            "on": sorted(self._on),
+            "tool_use": [*self._tool_use],
+            "one_outcome": [*self._one_outcome],
+            "mismatch": self._mismatch,
+        }
 
-    def restore(self, state: Mapping[str, list[Any]]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
         self._on = set(state["on"])
+        self._mismatch = state["mismatch"]
         self._tool_use.extend(state["tool_use"])
         self._one_outcome.extend(state["one_outcome"])
 
@@ -79,6 +89,14 @@ class Alarms:
             if same > limits.one_outcome:
                 said = f"in {same:.1%} of the groups {last} all rollouts have the same reward"
                 yield "one_outcome", f"{said}, more than alarms.one_outcome = {limits.one_outcome:.1%}"
+        if limits.mismatch and not self._mismatch <= limits.mismatch:  # also where it is not a number
+            said = f"the log-probs of sampling and training differ by {self._mismatch:.3g} a token on average"
+            causes = "whether the engine has the trainer's weights, dtype and train.autocast, rollout.top_p and top_k"
+            yield (
+                "mismatch",
+                f"{said}, more than alarms.mismatch = {limits.mismatch:g}: look at {causes}; "
+                "train.importance_cap corrects for it",
+            )
 
 
 def falls(values: Sequence[float]) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -65,8 +65,38 @@ class Generation:
     entropies: list[float] | None = None
 
 
+@dataclass
+class Counters:
+    """What the engine has done with the tokens of requests, computed or taken from the cache, and how many it sampled.
+
+    In the local engine the last token of a request is computed with the first decode step, and counts as prefilled.
+    """
+
+    prefilled_tokens: int = 0
+    reused_tokens: int = 0
+    decoded_tokens: int = 0
+
+    def __add__(self, other: "Counters") -> "Counters":
+        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: "Counters") -> "Counters":
+        return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The share of the requests' tokens that the cache held; None without any."""
+        tokens = self.reused_tokens + self.prefilled_tokens
+        return self.reused_tokens / tokens if tokens else None
+
+
+class EngineError(RuntimeError):
+    """What an engine runs on has failed: a server is gone, or has not taken the weights."""
+
+
 class Engine(Protocol):
     """What rollouts need of an inference engine."""
+
+    counters: Counters
 
     async def generate(self, request: Request) -> Generation: ...
 

@@ -9,7 +9,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,27 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from axpo.chat import Chat
-from axpo.engines.base import Finish, Generation, Request, RolloutKey
+from axpo.engines.base import Counters, Finish, Generation, Request, RolloutKey
 from axpo.engines.clock import Clock
 from axpo.engines.jobs import Job, Pause, Span, batches, next_wave
 from axpo.engines.kv import PathCache
 from axpo.engines.pictures import Part, Pictures
 from axpo.engines.sampling import entropy, sample
 from axpo.policy import banned_tokens, forward_logits, vocabulary_size
+from axpo.sharding import gather, scatter
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Counters:
-    """What the engine has done with the tokens of requests, computed or taken from the cache, and how many it sampled.
-
-    The last token of a request is computed with the first decode step, and counts as prefilled.
-    """
-
-    prefilled_tokens: int = 0
-    reused_tokens: int = 0
-    decoded_tokens: int = 0
 
 
 class LocalEngine:
@@ -130,16 +118,24 @@ class LocalEngine:
             self._changed.set()
 
     def sleep(self) -> None:
-        """Give the memory of keys, values and image features back. Raises RuntimeError with requests in flight."""
+        """Give the memory of keys, values and image features back, and that of weights which other processes hold too.
+
+        Raises RuntimeError with requests in flight.
+        """
         self._drop_cancelled()
         if self._jobs:
             raise RuntimeError(f"the engine cannot sleep while {len(self._jobs)} generations are in flight")
         self._cache.reset()
         self._pictures.reset()
+        scatter(self._model)
 
     def update_weights(self) -> None:
-        """Forget keys, values and image features of the old weights. Raises RuntimeError with requests in flight."""
+        """Forget keys, values and image features of the old weights, and gather the new ones where they are shared.
+
+        Raises RuntimeError with requests in flight.
+        """
         self.sleep()
+        gather(self._model)
 
     # Driving
 

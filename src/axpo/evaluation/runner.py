@@ -14,20 +14,27 @@ EVALUATION = 1  # keeps its random numbers apart from those of training
 
 
 async def evaluate(
-    agent: Agent, questions: Sequence[Question], samples: int, seed: int, done: Callable[[], None] = lambda: None
-) -> list[Group]:
-    """Draw `samples` rollouts of each question; `done` is called as each question ends.
+    agent: Agent,
+    questions: Sequence[Question],
+    samples: int,
+    seed: int,
+    done: Callable[[], None] = lambda: None,
+    share: Callable[[int], range] = range,
+) -> dict[int, Group]:
+    """Draw `samples` rollouts of each question, or of the share of so many that is this process's.
 
-    Questions that cannot be asked are left out with a warning.
+    Returns the groups by their places; `done` is called as each question ends. Questions that cannot be asked are left
+    out with a warning.
     """
     groups = agent.new_groups(questions)
+    own = share(len(groups))
 
     async def one(place: int) -> None:
         await agent.draw(groups[place], groups[place][0].root, range(samples), (EVALUATION, seed, place))
         done()
 
-    await asyncio.gather(*(one(place) for place in range(len(groups))))
-    return groups
+    await asyncio.gather(*(one(place) for place in own))
+    return {place: groups[place] for place in own}
 
 
 def summarise(groups: Sequence[Group], samples: int, threshold: float = 0.5) -> dict[str, object]:

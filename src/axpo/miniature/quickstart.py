@@ -34,17 +34,19 @@ def quickstart(
 ) -> dict[str, Any]:
     """Run all stages; returns, and writes as summary.json, the evaluations before and after AXPO."""
     summary: dict[str, Any] = {}
+    engine = build.make_engine(config, model, chat)  # what stands in its way is told before anything is taught
+    engine.sleep()
     trees = asyncio.run(teach(chat, toolbox, progress, config.seed))
     run.save_trees("teacher", trees[:50])
     run_sft(config, run, progress, model, chat, trees, "sft")
 
     async def learn() -> None:
         assert data.eval is not None
-        engine = build.make_engine(config, model, chat)
+        engine.update_weights()
         summary["sft"] = await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval, "sft")
         run.save_summary(summary)
         name = config.method.name
-        summary[name] = await run_training(config, run, progress, model, chat, toolbox, data)
+        summary[name] = await run_training(config, run, progress, model, chat, toolbox, data, engine)
         run.save_summary(summary)
 
     asyncio.run(learn())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from axpo.chat import Chat
-from axpo.engines.base import Finish, Generation, Request, RolloutKey
+from axpo.engines.base import Counters, Finish, Generation, Request, RolloutKey
 from axpo.miniature.scene import GRID, cell_box
 from axpo.miniature.tools import call_text, zoom_call
 from axpo.miniature.world import GUESSED, Problem, capital_of
@@ -64,6 +64,7 @@ class Teacher:
         self.problems = {problem.question.id: problem for problem in problems}
         self.chat = chat
         self.acts = acts
+        self.counters = Counters()
         self._memory: dict[RolloutKey, _Memory] = {}
 
     def rollout(self, key: RolloutKey) -> AbstractContextManager[None]:

