@@ -7,8 +7,9 @@ PYTHON ?= python3
 quickstart: $(VENV)/ready
 	$(BIN)/axpo quickstart
 
+# Two at a time, each with a core of its own; a file's tests share what they prepare.
 test: check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # The engines' contract with vLLM, which needs 4 GB of packages and an environment of its own.
 test-vllm: .venv-vllm/ready

@@ -123,10 +123,12 @@ def assert_learnt_alike(one: Path, two: Path, apart: float = 1e-6) -> None:
     assert errors.abs().max() < apart
     for ours, theirs in zip(lines(one), lines(two), strict=True):
         for figure, value in ours.items():
-            if isinstance(value, float) and "seconds" not in figure:
+            if "seconds" in figure or figure in ("packed_tokens", "prefix_hit_rate"):
+                continue  # how it was computed
+            if isinstance(value, float):
                 least = 1e-4 if figure.startswith("mismatch") else 1e-7  # rounding itself is measured there
                 assert theirs[figure] == pytest.approx(value, rel=1e-4, abs=least), figure
-            elif "seconds" not in figure and figure != "packed_tokens":
+            else:
                 assert theirs[figure] == value, figure
 
 

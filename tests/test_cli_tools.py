@@ -246,7 +246,8 @@ def test_image_search_is_asked_for_the_test_picture(folder: Path):
     (folder / "table.jsonl").write_text(json.dumps(row))
     tools = {"names": ["image_search"], "image_search": {"table": str(folder / "table.jsonl")}, "cache": "cache"}
     found = parts(succeed(config(tools)))["image_search"]
-    assert words(found).startswith(f"built-in image search, table {folder / 'table.jsonl'}; no deadline but")
+    told = f"built-in image search, table {folder / 'table.jsonl'}; no deadline but"
+    assert "".join(found.split()).startswith("".join(told.split()))  # a long path is broken
     assert '{"name": "image_search", "arguments": {"img_idx": 0}}' in found
     assert "  | 1. A disc and a square" in found
 

@@ -68,7 +68,7 @@ import sys
 from axpo.config import load_config
 from axpo.parallel import joined
 
-with joined(load_config(None, ["parallel.processes=2"])) as (_, ranks):
+with joined(load_config(None, ["parallel.processes=2"])) as ranks:
     assert ranks.all(ranks.rank) == [0, 1]
     assert ranks.sum([ranks.rank, 2.5]) == [1, 5.0]
     assert ranks.of_main(f"of {ranks.rank}") == "of 0"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
             def state(self) -> dict[str, Any]:
                 return {}
+
+            def together(self) -> AbstractContextManager[None]:
+                return nullcontext()
 
             async def step(self, number: int) -> tuple[list[RolloutTree], dict[str, Any]]:
                 self.done = number + 1

@@ -89,6 +89,9 @@ async def run_training(
                 due = data.eval and config.eval.every and done and done % config.eval.every == 0
                 if due and f"step_{done}" not in evaluated:
                     await evaluate_as(f"step_{done}")
+                    with trainer.together():  # the engine remembers nothing of it: steps are as they are without it
+                        engine.sleep()
+                        engine.update_weights()
                     progress.stage(name, steps - done)
                 started = time.perf_counter()
                 trees, figures = await trainer.step(done)
