@@ -12,9 +12,10 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # The engines' contract with vLLM, which needs 4 GB of packages and an environment of its own.
+PART := vllm or servers
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -c "import vllm"  # without it all tests would be skipped
-	TORCHDYNAMO_DISABLE=1 .venv-vllm/bin/pytest tests/engines -k vllm
+	TORCHDYNAMO_DISABLE=1 .venv-vllm/bin/pytest tests/engines -k "$(PART)"
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check src tests benchmarks
