@@ -48,6 +48,8 @@ def test_the_first_paragraph_says_what_the_longer_runs_did() -> None:
     assert (
         "AXPO answers {} of the questions (Pass@1), GRPO {}, GRPO with twice the rollouts {}:".format(*shares) in said
     )
+    front = " ".join((EVIDENCE.parents[1] / "README.md").read_text("utf-8").split())
+    assert "AXPO answers {}, GRPO {}, GRPO with twice the rollouts {};".format(*shares) in front
     figures = [100 * pairs[f"axpo_minus_{other}"]["pass1"][key] for other in ("grpo", "grpo2x") for key in KEYS]
     assert "{:+.1f} points [{:.1f}, {:.1f}] and {:+.1f} [{:.1f}, {:.1f}]".format(*figures) in said
     more = methods["axpo"]["rollouts"]["mean"] / methods["grpo"]["rollouts"]["mean"] - 1
