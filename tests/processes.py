@@ -25,7 +25,7 @@ QUESTIONS: list[dict[str, Any]] = [
     {"question": f'What is the crop of "{land}"?', "answer": "rye", "id": land} for land in LANDS
 ]
 QUESTIONS[1] |= {"question": "<image>Which digit is on the house?", "images": ["house.png"]}
-CONFIG: dict[str, Any] = {
+OF_THE_MINIATURE: dict[str, Any] = {
     "model": "miniature_sft",
     "output": "run",
     "threads": 1,
@@ -37,6 +37,9 @@ CONFIG: dict[str, Any] = {
         "corpus": "miniature",
         "search_results": 1,
     },
+}
+CONFIG: dict[str, Any] = {
+    **OF_THE_MINIATURE,
     "rollout": {"questions": 6, "rollouts": 3, "max_tokens": 40, "max_turns": 1, "max_context": 800},
     "method": {"budget": 0.5, "continuations": 2},  # fewer prefixes than there are candidates
     "train": {  # a minibatch holds three questions, a pack one: the ranks do not compute equally many

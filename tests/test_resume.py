@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from processes import LANDS, OF_THE_MINIATURE
 from transformers import Qwen3VLForConditionalGeneration
 from typer.testing import CliRunner
 
@@ -21,20 +22,9 @@ from axpo.miniature.base import BASE
 from axpo.optimizer import Optimizer
 from axpo.run import Run
 
-LANDS = ("Bel-nia", "Kar-dor", "Mot-via", "Tis-mar")
 QUESTIONS = [{"question": f'What is the crop of "{land}"?', "answer": "rye", "id": land} for land in LANDS]
 CONFIG: dict[str, Any] = {
-    "model": "miniature_sft",
-    "output": "run",
-    "threads": 1,
-    "data": {"train": "questions.jsonl", "eval": "questions.jsonl"},
-    "tools": {  # those that this policy knows
-        "names": ["zoom", "python", "search"],
-        "sandbox": "none_i_trust_the_policy",
-        "zoom_pixels": 16384,
-        "corpus": "miniature",
-        "search_results": 1,
-    },
+    **OF_THE_MINIATURE,
     "rollout": {"questions": 2, "rollouts": 3, "max_tokens": 40, "max_turns": 1, "max_context": 800},
     "method": {"budget": 1, "continuations": 2, "adaptive_budget": 1},
     "train": {"steps": 5, "warmup_steps": 3, "learning_rate": 1e-3, "save_every": 2, "minibatches": 2},

@@ -57,12 +57,17 @@ def start(processes: int) -> int:
 def end_with_parent() -> None:
     """End this process when the one that started it has ended, if that was axpo."""
     if (lifeline := os.environ.pop(_LIFELINE, None)) is not None:
-        threading.Thread(target=_watch, args=(int(lifeline),), daemon=True).start()
+        end_when_closed(int(lifeline))
 
 
-def _watch(lifeline: int) -> None:
-    os.read(lifeline, 1)  # returns when the other end is closed
-    os.kill(os.getpid(), signal.SIGKILL)
+def end_when_closed(pipe: int) -> None:
+    """Kill this process once the other end of the pipe is closed: when who holds it has ended, however it did."""
+
+    def watch() -> None:
+        os.read(pipe, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _process(rank: int, processes: int, port: int, lifeline: int, said: IO[bytes]) -> "subprocess.Popen[bytes]":
@@ -77,10 +82,10 @@ def _process(rank: int, processes: int, port: int, lifeline: int, said: IO[bytes
     )
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port at an address of this machine that nobody listens on."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((address, 0))
         return int(free.getsockname()[1])
 
 

@@ -1,7 +1,5 @@
 """Whether an engine computes with the policy's weights: log-probs of a few tokens, beside a forward of the policy."""
 
-import io
-
 import numpy as np
 import PIL.Image
 import torch
@@ -11,6 +9,7 @@ from axpo.chat import Chat
 from axpo.engines.base import Generation, Request, RolloutKey, Sampling
 from axpo.policy import banned_tokens, forward_logits, policy_logprobs
 from axpo.positions import mrope_positions
+from axpo.tools.base import encode_png
 
 PROBE_TOKENS = 16
 TOLERANCE = 0.1  # nats: bfloat16 differs by hundredths, other weights by whole ones
@@ -23,9 +22,8 @@ def probe(chat: Chat) -> Request:
         ids, images = chat.prompt([{"role": "user", "content": [text]}], [], [])
     else:
         noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
-        file = io.BytesIO()
-        PIL.Image.fromarray(noise).save(file, "PNG")
-        ids, images = chat.prompt([{"role": "user", "content": [{"type": "image"}, text]}], [file.getvalue()], [])
+        picture = encode_png(PIL.Image.fromarray(noise))
+        ids, images = chat.prompt([{"role": "user", "content": [{"type": "image"}, text]}], [picture], [])
     return Request(ids, images, Sampling(max_tokens=PROBE_TOKENS), 0, RolloutKey("probe", 0))
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from axpo.engines.base import EngineError
+from axpo.launch import free_port
 from axpo.policy import policy_weights
 
 _TIMEOUT = 600.0  # seconds for a server to take all weights
@@ -78,14 +79,8 @@ def _nccl(model: PreTrainedModel, url: str) -> Any:
 
     workers = httpx.get(f"{url}/get_world_size", timeout=_TIMEOUT).raise_for_status().json()["world_size"]
     place = urlsplit(url)
-    with (
-        socket.create_connection(
-            (place.hostname or "", place.port or (443 if place.scheme == "https" else 80)), timeout=10
-        ) as towards,
-        socket.socket() as free,
-    ):
+    server = place.hostname or "", place.port or (443 if place.scheme == "https" else 80)
+    with socket.create_connection(server, timeout=10) as towards:
         address = towards.getsockname()[0]  # by which that server reaches this machine
-        free.bind((address, 0))
-        port = free.getsockname()[1]
-    info = NCCLTrainerInitInfo(rank=0, master_address=address, master_port=port, world_size=1 + workers)
+    info = NCCLTrainerInitInfo(rank=0, master_address=address, master_port=free_port(address), world_size=1 + workers)
     return NCCLTrainerWeightTransferEngine.trainer_init(info, client=HTTPVLLMWeightSyncClient(url), source=Source())
