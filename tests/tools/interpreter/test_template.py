@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -66,12 +67,14 @@ def in_a_fork(action: Callable[[], object]) -> object:
     pid = os.fork()
     if pid == 0:
         try:
-            os.write(write, json.dumps(action()).encode())
-        finally:
-            os._exit(0)
+            answer = action()
+        except Exception:
+            answer = traceback.format_exc()
+        os.write(write, json.dumps(answer).encode())
+        os._exit(0)
     os.close(write)
-    with os.fdopen(read) as answer:
-        text = answer.read()
+    with os.fdopen(read) as file:
+        text = file.read()
     os.waitpid(pid, 0)
     return json.loads(text)
 
@@ -117,11 +120,11 @@ def test_without_isolation_all_processes_of_the_user_would_count() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
 def test_a_limit_of_the_trainer_that_is_lower_stays() -> None:
     def action() -> list[int]:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-        template._limit(Limits(open_files=50), isolated=False)
-        return list(resource.getrlimit(resource.RLIMIT_NOFILE))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        template._limit(Limits(file=5000), isolated=False)
+        return list(resource.getrlimit(resource.RLIMIT_FSIZE))
 
-    assert in_a_fork(action) == [40, 40]
+    assert in_a_fork(action) == [4000, 4000]
 
 
 def begin(setup: Setup) -> tuple[template._Running, socket.socket, str]:
