@@ -51,7 +51,9 @@ CONFIG: dict[str, Any] = {
         "save_every": 1,
     },
     "eval": {"samples": 1},
+    "sft": {"steps": 3, "batch": 3, "learning_rate": 1e-4, "warmup_steps": 0},
 }
+TURNS = [{"role": "assistant", "content": "Hm.\n</think>\n\n<answer>rye</answer>"}]
 
 
 def start(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
@@ -75,12 +77,20 @@ def make_project(folder: Path) -> Path:
     """A folder with a config and its questions, one of which has an image."""
     Image.new("RGB", (64, 64), "red").save(folder / "house.png")
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    taught = [row | {"turns": TURNS} for row in QUESTIONS]
+    (folder / "trajectories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in taught))
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     return folder
 
 
 def train(project: Path, name: str, *overrides: str) -> Path:
     succeed("train", project / "config.yaml", f"output={project / name}", *overrides)
+    return project / name
+
+
+def fine_tune(project: Path, name: str, *overrides: str) -> Path:
+    data = f"data.sft={project}/trajectories.jsonl"
+    succeed("sft", project / "config.yaml", data, f"output={project / name}", *overrides)
     return project / name
 
 
@@ -118,12 +128,20 @@ def assert_learnt_alike(one: Path, two: Path, apart: float = 1e-6) -> None:
     than `apart`."""
     for tree in sorted((one / "trees").iterdir()):
         assert laid_out(load_trees(two / "trees" / tree.name)) == laid_out(load_trees(tree))
+    assert_weights_alike(one, two, apart)
+    assert_figures_alike(one, two)
+
+
+def assert_weights_alike(one: Path, two: Path, apart: float = 1e-6) -> None:
     before, after, other = load_file(SFT / "model.safetensors"), weights(one), weights(two)
     steps = torch.cat([(after[name] - before[name]).flatten() for name in before])
     errors = torch.cat([(other[name] - after[name]).flatten() for name in before])
     assert steps.abs().max() > 1e-5
     assert errors.norm() < 1e-3 * steps.norm()
     assert errors.abs().max() < apart
+
+
+def assert_figures_alike(one: Path, two: Path) -> None:
     for ours, theirs in zip(lines(one), lines(two), strict=True):
         for figure, value in ours.items():
             if "seconds" in figure or figure in ("packed_tokens", "prefix_hit_rate"):

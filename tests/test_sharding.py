@@ -2,7 +2,19 @@
 
 from pathlib import Path
 
-from processes import assert_learnt_alike, make_project, train, train_interrupted
+import pytest
+import torch
+from processes import (
+    assert_figures_alike,
+    assert_learnt_alike,
+    assert_weights_alike,
+    fine_tune,
+    make_project,
+    train,
+    train_interrupted,
+)
+
+from axpo.run import TRAINING_STATE
 
 
 def test_shared_weights_learn_what_whole_ones_learn(tmp_path: Path) -> None:
@@ -13,3 +25,35 @@ def test_shared_weights_learn_what_whole_ones_learn(tmp_path: Path) -> None:
         project, "shared", "parallel.processes=2", "parallel.sharding=full", "train.gradient_checkpointing=true"
     )
     assert_learnt_alike(whole, shared, 1e-5)
+
+
+def test_adapters_of_shared_weights_learn_what_those_of_whole_ones_learn(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    given = ("parallel.processes=2", "lora.rank=4", "train.steps=1", "data.eval=null")
+    whole = train(project, "whole", *given)
+    assert_learnt_alike(whole, train(project, "shared", "parallel.sharding=full", *given), 1e-5)
+
+
+def test_shared_weights_in_bfloat16_learn_what_whole_ones_learn(tmp_path: Path) -> None:
+    """Of the first step, up to what bfloat16 gradients are rounded by: later rollouts would differ."""
+    project = make_project(tmp_path)
+    given = ("parallel.processes=2", "dtype=bfloat16", "train.vision=false", "train.steps=1")
+    given += ("train.minibatches=1", "data.eval=null")
+    runs = [train(project, name, f"parallel.sharding={name}", *given) for name in ("none", "full")]
+    whole, shared = (
+        torch.load(run / "checkpoint" / TRAINING_STATE)["trainer"]["optimizer"]["adamw"]["state"] for run in runs
+    )
+    assert whole.keys() == shared.keys()
+    ours, theirs = (torch.cat([each["exp_avg"].flatten() for each in m.values()]) for m in (whole, shared))
+    assert ours.norm() > 0
+    assert (ours - theirs).norm() < 0.01 * ours.norm()
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_two_processes_are_taught_what_one_is(tmp_path: Path, sharding: str) -> None:
+    """Of each batch of three one has two trajectories, and one may have the only image."""
+    project = make_project(tmp_path)
+    one = fine_tune(project, "one")
+    two = fine_tune(project, "two", "parallel.processes=2", f"parallel.sharding={sharding}")
+    assert_weights_alike(one, two, 1e-6 if sharding == "none" else 1e-5)
+    assert_figures_alike(one, two)

@@ -31,7 +31,6 @@ from axpo.cli_shared import (
     new_run,
     prepare,
     require,
-    require_alone,
     running,
     show,
     shown,
@@ -84,7 +83,10 @@ def quickstart(overrides: Overrides = None) -> None:
         config = load_config(QUICKSTART, [f"output={free(QUICKSTART_OUTPUT)}", *given])
         for key in ("train", "eval"):
             require(getattr(config.data, key), f"data.{key}")
-        require_alone(config, "quickstart")
+        if config.parallel.processes > 1:
+            raise ConfigError(
+                f"parallel.processes: got {config.parallel.processes}, but axpo quickstart trains in one; must be 1"
+            )
         if config.lora.rank:
             raise ConfigError(
                 f"lora.rank: got {config.lora.rank}, but the quickstart's AXPO starts from its SFT, "
@@ -162,24 +164,12 @@ def sft(config_file: ConfigFile, overrides: Overrides = None) -> None:
     with command():
         config = load_config(config_file, overrides or [])
         require(config.data.sft, "data.sft")
-        require_alone(config, "sft")
-        from axpo import build
-        from axpo.miniature.quickstart import teach
-        from axpo.workflow import run_sft
+        if starts_others(config):
+            raise typer.Exit(start(config.parallel.processes))
+        from axpo.parallel import joined
 
-        chat, toolbox = prepare(config)
-        trees = None
-        if config.data.sft != MINIATURE:
-            trees = [_trajectory_tree(each, chat, toolbox) for each in build.load_sft_data(config)]
-        elif missing := {"zoom", "python", "search"}.difference(map(str, config.tools.names)):
-            raise ConfigError(f"tools.names: the teacher of data.sft={MINIATURE} needs {', '.join(sorted(missing))}")
-        run = new_run(config, "sft")
-        model = load_model(config, run)
-        with running(run), TerminalProgress() as progress:
-            trees = trees or asyncio.run(teach(chat, toolbox, progress, config.seed))
-            run_sft(config, run, progress, model, chat, trees)
-            run.end()
-        typer.echo(f"run folder: {shown(run.folder)}")
+        with joined(config) as ranks:
+            _sft(config, ranks)
 
 
 @app.command("eval")
@@ -243,7 +233,7 @@ def _train(
     """Train from where the run stands to its end."""
     from axpo.workflow import run_training
 
-    with running(run), TerminalProgress(None if ranks.main else Console(quiet=True)) as progress:
+    with running(run), _progress(ranks) as progress:
         figures = asyncio.run(run_training(config, run, progress, model, chat, toolbox, data, ranks=ranks))
         if figures:
             run.save_summary({config.method.name: figures})
@@ -252,6 +242,33 @@ def _train(
         show({config.method.name: figures})
     if ranks.main:
         typer.echo(f"run folder: {shown(run.folder)}")
+
+
+def _sft(config: Config, ranks: "Ranks") -> None:
+    from axpo import build
+    from axpo.miniature.quickstart import teach
+    from axpo.workflow import run_sft
+
+    chat, toolbox = prepare(config)
+    trees = None
+    if config.data.sft != MINIATURE:
+        trees = [_trajectory_tree(each, chat, toolbox) for each in build.load_sft_data(config)]
+    elif missing := {"zoom", "python", "search"}.difference(map(str, config.tools.names)):
+        raise ConfigError(f"tools.names: the teacher of data.sft={MINIATURE} needs {', '.join(sorted(missing))}")
+    run = new_run(config, "sft", follows=not ranks.main)
+    ranks.meet()
+    model = load_model(config, run)
+    with running(run), _progress(ranks) as progress:
+        if trees is None:
+            trees = ranks.of_main(asyncio.run(teach(chat, toolbox, progress, config.seed)) if ranks.main else [])
+        run_sft(config, run, progress, model, chat, trees, ranks=ranks)
+        run.end()
+    if ranks.main:
+        typer.echo(f"run folder: {shown(run.folder)}")
+
+
+def _progress(ranks: "Ranks") -> TerminalProgress:
+    return TerminalProgress(None if ranks.main else Console(quiet=True))
 
 
 def _trajectory_tree(trajectory: "Trajectory", chat: "Chat", toolbox: "Toolbox") -> "RolloutTree":

@@ -111,14 +111,6 @@ def require(value: object, key: str) -> None:
         )
 
 
-def require_alone(config: Config, command: str) -> None:
-    """Raise ConfigError where a command that trains in one process is to train in several."""
-    if config.parallel.processes > 1:
-        raise ConfigError(
-            f"parallel.processes: got {config.parallel.processes}, but axpo {command} trains in one process; must be 1"
-        )
-
-
 def prepare(config: Config) -> "tuple[Chat, Toolbox]":
     """Check what can be checked without data and weights; returns the chat and the tools."""
     import torch

@@ -1,16 +1,20 @@
 """Supervised fine-tuning: the same trees, packing and forward, with likelihood as the loss."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from axpo.chat import Chat
 from axpo.config import Config
+from axpo.minibatch import apply, minibatches
 from axpo.optimizer import Optimizer
-from axpo.packing import pack_logprobs, pack_trees
+from axpo.packing import pack_logprobs
+from axpo.parallel import ALONE, Ranks
 from axpo.policy import banned_tokens, update_forward
 from axpo.questions import DataError, Trajectory
+from axpo.sharding import shard
 from axpo.tree import Credit, Kind, RolloutTree, Segment
 
 
@@ -44,15 +48,18 @@ def imitate(tree: RolloutTree, leaves: Sequence[Segment]) -> RolloutTree:
 
 
 def sft_steps(
-    config: Config, model: PreTrainedModel, chat: Chat, trees: Sequence[RolloutTree]
+    config: Config, model: PreTrainedModel, chat: Chat, trees: Sequence[RolloutTree], ranks: Ranks = ALONE
 ) -> Iterator[dict[str, float | int]]:
     """Train on the credited tokens of the trees; yields the figures of each step as it is done.
 
-    The loss is the mean negative log-likelihood over the tokens of a batch. Raises DataError where there are no trees.
+    The loss is the mean negative log-likelihood over the tokens of a batch. Of several processes (`ranks`) each has all
+    the trees, and learns from its share of every batch. Raises DataError where there are no trees.
     """
     if not trees:
         raise DataError("there is no trajectory to learn from")
-    options = config.sft
+    options, shared = config.sft, config.parallel.sharding == "full"
+    if shared:
+        shard(model)
     optimizer = Optimizer(
         model,
         options.learning_rate,
@@ -68,14 +75,17 @@ def sft_steps(
     for step in range(options.steps):
         while len(order) < options.batch:
             order += [int(i) for i in rng.permutation(len(trees))]
-        batch, order = [trees[i] for i in order[: options.batch]], order[options.batch :]
-        packs = pack_trees(batch, chat, config.train.pack_tokens)
-        tokens = sum(len(pack.targets) for pack in packs)
-        total = 0.0
-        for pack in packs:
-            with update_forward(model, config.train.gradient_checkpointing, config.train.autocast):
-                loss = -pack_logprobs(model, pack, chat, banned).sum() / tokens
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.take()
-            total += loss.item()
-        yield {"step": step + 1, "loss": total, "grad_norm": optimizer.step(), "trained_tokens": tokens}
+        batch, order = order[: options.batch], order[options.batch :]
+        own = [trees[batch[place]] for place in ranks.share(options.batch)]
+        [minibatch] = minibatches([own], chat, config.train.pack_tokens, ranks, shared)
+        losses = []
+        with ranks.bound() if shared else nullcontext():
+            for pack in minibatch.packs:
+                with update_forward(model, config.train.gradient_checkpointing, config.train.autocast):
+                    loss = -pack_logprobs(model, pack, chat, banned).sum() / minibatch.tokens
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.take()
+                losses.append(loss.item())
+            norm = apply(minibatch, optimizer, model, ranks, shared)
+        [total] = ranks.sum([sum(losses)])
+        yield {"step": step + 1, "loss": total, "grad_norm": norm, "trained_tokens": minibatch.tokens}

@@ -22,10 +22,11 @@ from axpo.drawing import Drawing
 from axpo.engines.base import Counters
 from axpo.loss import importance_weights, kl_k3, policy_loss, token_weights
 from axpo.methods import METHODS
+from axpo.minibatch import Minibatch, apply, minibatches
 from axpo.optimizer import Optimizer
-from axpo.packing import Pack, PackInputs, forward_logprobs, idle_pack, pack_logprobs, pack_trees
+from axpo.packing import Pack, PackInputs, forward_logprobs, pack_logprobs
 from axpo.parallel import ALONE, Ranks, in_order
-from axpo.policy import PolicyError, banned_tokens, restore_weights, update_forward, vision_tower
+from axpo.policy import PolicyError, banned_tokens, restore_weights, update_forward
 from axpo.questions import Question
 from axpo.reference import Reference
 from axpo.sharding import scatter, shard
@@ -166,33 +167,17 @@ class Trainer:
         The mismatch of sampling and training is measured where the trainer's log-probs before the update are known
         without a forward of their own: of the first minibatch always, of the others where they are computed anew.
         """
-        if self.config.method.dynamic_sampling:
-            taught = [tree for tree in trees.values() if not one_outcome(tree)]
-            trees = dict(enumerate(taught))
-        count = sum(self.ranks.all(len(trees)))
-        size = max(1, -(-count // self.config.train.minibatches))
-        starts = range(0, count, size)
-        parts = [[tree for place, tree in trees.items() if place // size == start // size] for start in starts]
-        packs = [pack_trees(part, self.agent.chat, self.config.train.pack_tokens) for part in parts]
-        packed = sum(len(pack.ids) for part in packs for pack in part)
-        if self.shared:  # a forward is of all ranks: they have equally many
-            most = [max(numbers) for numbers in zip(*self.ranks.all([len(part) for part in packs]), strict=True)]
-            idle = idle_pack(self.agent.chat)
-            packs = [[*part, *([idle] * (number - len(part)))] for part, number in zip(packs, most, strict=True)]
+        batches = self.minibatches(trees)
         # Of the first minibatch they are found with its own forward; the others' before any weight moves.
-        known = [[self.old_logprobs(pack, moved=index > 0) for pack in part] for index, part in enumerate(packs)]
-        tokens = [sum(len(pack.targets) for pack in part) for part in packs]
-        totals = [int(total) for total in self.ranks.sum(tokens)]  # the loss is a mean over all ranks' tokens
-        pictures = self.ranks.sum([any(pack.images for pack in part) for part in packs])
+        known = [[self.old_logprobs(p, moved=index > 0) for p in batch.packs] for index, batch in enumerate(batches)]
         losses, divergences = [], []
         norms: list[float] = []
         mismatch = Mismatch()
-        for start, part, fixed, total, seen in zip(starts, packs, known, totals, pictures, strict=True):
-            if not total:
+        for batch, fixed in zip(batches, known, strict=True):
+            if not batch.tokens:
                 continue
-            rollouts = min(size, count - start) * self.config.group_size
-            for pack, old in zip(part, fixed, strict=True):
-                loss, divergence, logprobs = self.loss(pack, old, rollouts, total)
+            for pack, old in zip(batch.packs, fixed, strict=True):
+                loss, divergence, logprobs = self.loss(pack, old, batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.optimizer.take()
                 before = old if norms else logprobs  # an update has moved the weights, or none yet
@@ -200,21 +185,30 @@ class Trainer:
                     mismatch += Mismatch.of(pack.old_logprobs, before)
                 losses.append(loss.item())
                 divergences.append(divergence)
-            if not self.shared:
-                self.ranks.sum_gradients(self.optimizer.stepped, self.model.device)
-            elif not seen and (tower := vision_tower(self.model)) is not None:
-                # FSDP2 has made zeros, by which AdamW would go on with its momentum.
-                self.optimizer.forget(tower.parameters())
-            norms.append(self.optimizer.step())
+            norms.append(apply(batch, self.optimizer, self.model, self.ranks, self.shared))
+        trained = sum(batch.tokens for batch in batches)
+        packed = sum(len(pack.ids) for batch in batches for pack in batch.packs if len(pack.targets))
         loss_sum, divergence_sum, packed_sum = self.ranks.sum([sum(losses), sum(divergences), packed])
         return {
             "loss": loss_sum,
-            "kl": divergence_sum / sum(totals) if sum(totals) else None,
+            "kl": divergence_sum / trained if trained else None,
             "grad_norm": max(norms, default=None),
             **sum(self.ranks.all(mismatch), Mismatch()).figures(),
-            "trained_tokens": sum(totals),
+            "trained_tokens": trained,
             "packed_tokens": int(packed_sum),
         }
+
+    def minibatches(self, trees: Mapping[int, RolloutTree]) -> list[Minibatch]:
+        """The step's trees in `train.minibatches` parts of equally many questions; the last one may have fewer."""
+        if self.config.method.dynamic_sampling:
+            taught = [tree for tree in trees.values() if not one_outcome(tree)]
+            trees = dict(enumerate(taught))
+        count = sum(self.ranks.all(len(trees)))
+        size = max(1, -(-count // self.config.train.minibatches))
+        parts = [
+            [tree for place, tree in trees.items() if start <= place < start + size] for start in range(0, count, size)
+        ]
+        return minibatches(parts, self.agent.chat, self.config.train.pack_tokens, self.ranks, self.shared)
 
     def old_logprobs(self, pack: Pack, moved: bool) -> Tensor | None:
         """The log-probs (n,) of the policy that sampled: its own, or computed anew (`train.old_logprobs`).
@@ -237,7 +231,7 @@ class Trainer:
         with update_forward(self.model, autocast=self.config.train.autocast):
             return pack_logprobs(self.model, pack, self.agent.chat, self.banned, self.config.rollout.temperature)
 
-    def loss(self, pack: Pack, old: Tensor | None, rollouts: int, total_tokens: int) -> tuple[Tensor, float, Tensor]:
+    def loss(self, pack: Pack, old: Tensor | None, batch: Minibatch) -> tuple[Tensor, float, Tensor]:
         """The pack's share of the loss, the sum of its tokens' KL to the reference (0 without one), and its log-probs
         (n,)."""
         options, train, temperature = self.config.method, self.config.train, self.config.rollout.temperature
@@ -249,7 +243,8 @@ class Trainer:
         with update_forward(self.model, train.gradient_checkpointing, train.autocast):
             logprobs = forward_logprobs(self.model, inputs, self.banned, temperature)
         old, advantages = (logprobs.detach() if old is None else old.to(logprobs)), pack.advantages.to(logprobs)
-        weights = token_weights(pack.stream_tokens.to(logprobs), rollouts, total_tokens, options.aggregation)
+        rollouts = batch.trees * self.config.group_size
+        weights = token_weights(pack.stream_tokens.to(logprobs), rollouts, batch.tokens, options.aggregation)
         importance = None
         if train.importance_cap is not None:
             importance = importance_weights(old, pack.old_logprobs.to(logprobs), train.importance_cap)

@@ -157,14 +157,21 @@ def run_sft(
     chat: Chat,
     trees: Sequence[RolloutTree],
     checkpoint: str = "checkpoint",
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Fine-tune on the credited tokens of the trees. The checkpoint is written also where the run is interrupted."""
+    """Fine-tune on the credited tokens of the trees. The checkpoint is written also where the run is interrupted.
+
+    Every rank runs this, with the same trees.
+    """
     progress.stage("sft", config.sft.steps)
     started = time.perf_counter()
     try:
-        for figures in sft_steps(config, model, chat, trees):
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            run.log({"stage": "sft", **figures, "seconds": seconds})
-            progress.step({**figures, "seconds": seconds})
+        with ranks.together():
+            for figures in sft_steps(config, model, chat, trees, ranks):
+                seconds, started = time.perf_counter() - started, time.perf_counter()
+                run.log({"stage": "sft", **figures, "seconds": seconds})
+                progress.step({**figures, "seconds": seconds})
     finally:
-        run.save_checkpoint(model, chat, checkpoint)
+        if not ranks.lost:
+            run.save_checkpoint(model, chat, checkpoint)
+            ranks.all(None)  # nobody ends before it is written

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from axpo.config import Config
-from axpo.options_size import ParallelConfig
 from axpo.plan.activations import Batch
 from axpo.plan.memory import GIB, USABLE, Moment, host_bytes, moments, vllm_least
 from axpo.plan.shapes import Shape
@@ -53,9 +52,6 @@ def make_plan(config: Config, shape: Shape, pixels: int, gpu_memory: int | None)
     """The plan of `axpo train`, or of `axpo sft` for a config that has data for that alone. `pixels` are those of the
     largest image, `gpu_memory` is in bytes."""
     tuning = config.data.train is None and config.data.sft is not None
-    if tuning:
-        alone = ParallelConfig(offload=config.parallel.offload)  # it runs in one process
-        config = config.model_copy(update={"parallel": alone})
     step = (tuning_step if tuning else training_step)(config, shape, pixels)
     batch = largest_pack(config, step)
     return Plan(
