@@ -11,6 +11,7 @@ import torch
 from commands import mistake
 from processes import (
     assert_learnt_alike,
+    laid_out,
     make_project,
     numbers,
     start,
@@ -63,35 +64,94 @@ def test_a_process_that_is_killed_ends_the_others(project: Path) -> None:
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
-FAILING = """
-import sys
+EXCHANGING = """
+import sys, torch, torch.distributed
 from axpo.config import load_config
 from axpo.parallel import joined
+
+def fail():
+    raise OSError("no space left")
 
 with joined(load_config(None, ["parallel.processes=2"])) as ranks:
     assert ranks.all(ranks.rank) == [0, 1]
     assert ranks.sum([ranks.rank, 2.5]) == [1, 5.0]
     assert ranks.of_main(f"of {ranks.rank}") == "of 0"
     assert ranks.to_main(ranks.rank) == ([0, 1] if ranks.main else [])
-    if not ranks.main:
-        raise OSError("no space left")
-    ranks.all("waits for the other")
+    if sys.argv[1] == "before an exchange":
+        ranks.all("waits for the other") if ranks.main else fail()
+    elif sys.argv[1] == "before gradients are added up":
+        ranks.sum_gradients([torch.zeros(3)], torch.device("cpu")) if ranks.main else fail()
+    elif sys.argv[1] == "as it is sent":
+        ranks.all(1 if ranks.main else sys.stdin)
+    elif sys.argv[1] == "amid what both compute":
+        with ranks.bound():
+            torch.distributed.all_reduce(torch.zeros(3)) if ranks.main else fail()
+    elif sys.argv[1] == "in saving after an error":
+        try:
+            with ranks.together():
+                raise ValueError("of both")
+        finally:
+            ranks.all("waits until it is written") if ranks.main else fail()
 """
 
 
-def test_an_error_of_one_process_is_told_by_the_others() -> None:
-    port = str(free_port())
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+@pytest.mark.parametrize("where", ["before an exchange", "before gradients are added up", "as it is sent"])
+def test_an_error_of_one_process_is_told_by_the_others(where: str) -> None:
+    first, second = run_both(where)
+    assert first[0] == 1
+    error = "TypeError: cannot pickle" if where == "as it is sent" else "OSError: no space left"
+    assert f"RankError: process 1 of the training has failed: {error}" in first[1]
+    assert second == (TOLD, "")
+
+
+def test_an_error_of_one_process_amid_what_both_compute_is_told_by_both() -> None:
+    """On GPUs the others would hang there, and this one's word be all there is."""
+    first, second = run_both("amid what both compute")
+    assert first[0] == second[0] == 1
+    assert "RankError: process 1 of the training has failed: OSError: no space left" in first[1]
+    assert "OSError: no space left" in second[1]
+
+
+def test_an_error_in_saving_after_an_error_ends_both() -> None:
+    first, second = run_both("in saving after an error")
+    assert first[0] == 1
+    assert "ValueError: of both" in first[1]
+    assert second == (TOLD, "")
+
+
+def run_both(where: str) -> list[tuple[int, str]]:
+    """Exit code and stderr of two processes, the second of which fails."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", FAILING], stderr=subprocess.PIPE, text=True, env=os.environ | place | {"RANK": rank}
+            [sys.executable, "-c", EXCHANGING, where],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | place | {"RANK": rank},
         )
         for rank in "01"
     ]
-    first, second = (process.communicate(timeout=300)[1] for process in both)
-    assert [process.returncode for process in both] == [1, TOLD]
-    assert "RankError: process 1 of the training has failed: OSError: no space left" in first
-    assert second == ""
+    said = [process.communicate(timeout=300)[1] for process in both]
+    return [(process.returncode, errors) for process, errors in zip(both, said, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "launcher", ["torch.distributed.run --nproc-per-node", "accelerate.commands.launch --cpu --num_processes"]
+)
+def test_torchrun_and_accelerate_start_the_same_training(project: Path, two: Path, launcher: str) -> None:
+    run = project / launcher.split(".")[0]
+    given = [f"output={run}", "parallel.processes=2", "train.steps=1", "data.eval=null"]
+    command = [*launcher.split(), "2", "-m", "axpo", "train", str(project / "config.yaml"), *given]
+    started = subprocess.run(
+        [sys.executable, "-m", *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert started.returncode == 0, started.stderr
+    (ours, theirs) = (load_trees(each / "trees" / "step_00001.parquet") for each in (run, two))
+    assert laid_out(ours) == laid_out(theirs)
 
 
 @pytest.mark.parametrize("processes", [1, 3])

@@ -2,11 +2,22 @@
 
 Every rank does the same things in the same order; what they decide together each decides from the same values, so that
 all come to the same. Python objects travel over gloo whatever the device, so that nothing of them takes its memory.
+
+So that nobody waits for one who will not come:
+
+- Whatever ranks exchange (`all`, `sum`, …) begins with `meet`, where each says that it is well, or what went wrong.
+- An error inside `together` is said at the next meeting, at which the others are or will be, and they raise it there.
+  After it all ranks do the same again: they may meet once more, to save what there is.
+- Inside `bound`, tensors are computed together, and there is no meeting that an error could be said at. Who fails there
+  notes it in the store that the processes found each other by, and goes; the others then fail too, and find the note.
+  After it nothing more can be exchanged (`lost`).
 """
 
 import asyncio
+import json
 import logging
 import os
+import pickle
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +28,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from axpo.config import Config, ConfigError
 from axpo.launch import TOLD
@@ -43,6 +55,7 @@ class Ranks:
     size: int = 1
     failed: bool = False  # an error of one ends all
     lost: bool = False  # and the others can be told nothing any more
+    store: "dist.Store | None" = None  # type: ignore[name-defined]  # by which the processes have found each other
 
     @property
     def main(self) -> bool:
@@ -59,26 +72,29 @@ class Ranks:
         """
         if self.size == 1:
             return [value]
+        sent = pickle.dumps(value)  # before the meeting: what cannot be sent is an error that can be said there
         self.meet()
-        return self._all(value)
+        return [pickle.loads(each) for each in self._all(sent)]
 
     def to_main(self, value: T) -> list[T]:
         """The values of all ranks on rank 0, and nothing on the others. Raises as `all` does."""
         if self.size == 1:
             return [value]
+        sent = pickle.dumps(value)
         self.meet()
-        values: list[T | None] | None = [None] * self.size if self.main else None
-        dist.gather_object(value, values)
-        return values or []  # type: ignore[return-value]
+        gathered: list[bytes] | None = [b""] * self.size if self.main else None
+        dist.gather_object(sent, gathered)
+        return [pickle.loads(each) for each in gathered or []]
 
     def of_main(self, value: T) -> T:
         """The value of rank 0, on every rank. Raises as `all` does."""
         if self.size == 1:
             return value
+        sent = [pickle.dumps(value) if self.main else b""]
         self.meet()
-        values = [value]
-        dist.broadcast_object_list(values)
-        return values[0]
+        dist.broadcast_object_list(sent)
+        received: T = pickle.loads(sent[0])
+        return received
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sums over all ranks, added in their order."""
@@ -118,20 +134,34 @@ class Ranks:
         except BaseException as error:
             if self.size > 1 and not self.failed:
                 self.failed = True
-                interrupted = isinstance(error, KeyboardInterrupt | asyncio.CancelledError)
-                self._all(INTERRUPTED if interrupted else "".join(traceback.format_exception(error)).strip())
+                self._all(_said(error))
             raise
 
     @contextmanager
     def bound(self) -> Iterator[None]:
-        """What all ranks compute together, once all are here and well: an error of one cannot be told to the others
-        inside, who find it gone."""
+        """What all ranks compute together, once all are here and well. Raises what went wrong first, on any rank."""
         self.meet()
         try:
             yield
-        except BaseException:
-            self.failed = self.lost = self.size > 1
-            raise
+        except BaseException as error:
+            if self.size == 1:
+                raise
+            self.failed = self.lost = True
+            rank, said = self._first_to_fail(_said(error))
+            if rank == self.rank:
+                raise
+            raise self._told(rank, said) from error
+
+    def _first_to_fail(self, said: str) -> tuple[int, str]:
+        """The rank whose note was first, and what it said; this one's own where nobody's was."""
+        own = json.dumps([self.rank, said])
+        assert self.store is not None
+        try:
+            first = self.store.compare_set("first to fail", "", own)
+        except RuntimeError as error:  # rank 0 keeps the store, and has ended
+            raise RankLostError("another process of the training has ended") from error
+        rank, said = json.loads(first)
+        return rank, said
 
     def _told(self, rank: int, said: str) -> BaseException:
         if said == INTERRUPTED:
@@ -149,6 +179,12 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+        return INTERRUPTED
+    return "".join(traceback.format_exception(error)).strip()
 
 
 def in_order(shares: Sequence[Mapping[int, T]]) -> list[T]:
@@ -173,7 +209,8 @@ def joined(config: Config) -> Iterator[Ranks]:
     if processes == 1:
         yield ALONE
         return
-    ranks = Ranks(int(os.environ["RANK"]), processes)
+    store, rank, _ = next(rendezvous("env://", timeout=PATIENCE))
+    ranks = Ranks(rank, processes, store=dist.PrefixStore("axpo", store))  # type: ignore[attr-defined]
     local = int(os.environ.setdefault("LOCAL_RANK", os.environ["RANK"]))  # vLLM reads it too
     backend = "gloo"
     if config.device == "cuda":
@@ -184,12 +221,13 @@ def joined(config: Config) -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"
     if not ranks.main:
         logging.getLogger("axpo").setLevel(logging.ERROR)  # what it warns of rank 0 warns of too
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
     try:
         with ranks.together():
             yield ranks
-    except BaseException:
-        if ranks.main or ranks.lost:
+    except BaseException as error:
+        told = not ranks.lost or (isinstance(error, RankError) and not isinstance(error, RankLostError))
+        if ranks.main or not told:
             raise
         raise SystemExit(TOLD) from None
     finally:
