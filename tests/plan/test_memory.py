@@ -77,8 +77,12 @@ def test_shards():
     for part in "weights", "gradients", "optimizer", "reference policy":
         assert sharded["update"].parts[part] == alone["update"].parts[part] // 4
     assert sharded["update"].parts["activations"] == alone["update"].parts["activations"]
-    # All but the layers and two layers, 80 million weights, and a layer's gradients in both precisions.
-    assert sharded["update"].parts["gathered weights"] == 2 * 8 * 10**7 + (2 + 4) * 10**7
+    # All but the layers, with its gradients, 2 x 60 million numbers; two layers; a layer's gradients in both precisions.
+    assert sharded["update"].parts["gathered weights"] == 2 * (2 * 6 + 2) * 10**7 + (2 + 4) * 10**7
+    # Its gradients are added up in float32 when all else has gone. A frozen tower has none.
+    assert sharded["reduction"].parts["gathered weights"] == (2 * 2 + 4) * 6 * 10**7
+    frozen = by_name(config(*given, "parallel.sharding=full", "train.vision=false"))
+    assert frozen["reduction"].parts["gathered weights"] == 2 * 6 * 10**7 + (2 + 4) * 10**7
     # The local engine generates with all weights at once.
     assert sharded["rollout"].parts["gathered weights"] == 2 * ALL
     assert not alone["update"].parts["gathered weights"]

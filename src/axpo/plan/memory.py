@@ -48,7 +48,8 @@ class Sizes:
     optimizer: int
     reference: int
     stepping: int  # what a step of the optimizer makes for the moment
-    gathered: int  # what FSDP has whole at one time of the update
+    gathered: int  # what FSDP has whole amid a backward
+    reduced: int  # and at its end, when it adds up the gradients of what is in none of the layers
 
     @staticmethod
     def of(config: Config, shape: Shape, tuning: bool) -> "Sizes":
@@ -63,10 +64,13 @@ class Sizes:
         # On CUDA the roots of the second moments, of all weights at once.
         stepping = FLOAT32 if config.device.startswith("cuda") and not config.parallel.offload else 0
         refers = not tuning and config.method.kl > 0 and not rank
-        # All but the layers is gathered for the whole update; of the layers one computes and the next is fetched
-        # (sharding.py). A layer's gradients are whole until they are added up, in float32.
+        # All but the layers is gathered for the whole update, and its gradients are whole until its end; of the layers
+        # one computes and the next is fetched (sharding.py). Gradients are added up in float32.
         outer = shape.parameters - shape.layers * shape.layer_parameters
-        gathered = (outer + 2 * shape.layer_parameters) * e + (0 if rank else shape.layer_parameters * (e + FLOAT32))
+        learns = 0 if rank else outer - (0 if config.train.vision else shape.vision_parameters)
+        layer = 0 if rank else shape.layer_parameters
+        gathered = (outer + learns + 2 * shape.layer_parameters + layer) * e + layer * FLOAT32
+        reduced = (outer + learns) * e + learns * FLOAT32
         return Sizes(
             whole=whole,
             weights=whole // share,
@@ -75,6 +79,7 @@ class Sizes:
             reference=shape.parameters * e // share if refers else 0,
             stepping=numbers * stepping // share,
             gathered=gathered if share > 1 else 0,
+            reduced=reduced if share > 1 else 0,
         )
 
 
@@ -119,6 +124,8 @@ def moments(config: Config, shape: Shape, batch: Batch, gpu_memory: int | None, 
         forward = {"activations": batch.tokens * layer_bytes(shape, compute)}
         found.append(Moment("reference", held | {"reference policy": sizes.reference} | forward))
     found.append(Moment("update", held | _update(work) | {"gathered weights": sizes.gathered}))
+    if sizes.reduced:
+        found.append(Moment("reduction", held | {"gathered weights": sizes.reduced}))
     stepped = 0 if away else sizes.optimizer + sizes.stepping
     return [*found, Moment("optimizer", held | {"optimizer": stepped})]
 

@@ -124,7 +124,7 @@ def _knobs(plan: Plan, pixels: int) -> Iterator[tuple[str, Config]]:
     if not (offload or sharded) and config.device != "cpu":
         yield _set(config, "parallel", "offload", True)
     if plan.batch.tokens == plan.step.tree:
-        yield from less("rollout", "max_context", _STEP, max(2, _LEAST * config.rollout.max_context))
+        yield from less("rollout", "max_context", _STEP, plan.step.prompt + max(2, _LEAST * plan.step.rollout))
     if config.train.vision and plan.shape.vision and not config.lora.rank:
         yield _set(config, "train", "vision", False)
     if not config.lora.rank:
