@@ -209,7 +209,14 @@ def test_the_smallest_budget_works_and_hardly_less_does_not(questions: int, roll
             "tools.image_search: got nothing, but eval.tools has 'image_search'; must be {url",
         ),
         (["tools.names=[search]", "model=mine"], "tools.corpus: got nothing, but tools.names has 'search'"),
-        (["parallel.processes=17"], "parallel.processes: got 17, must be at most rollout.questions = 16"),
+        (
+            ["parallel.processes=17", "data.train=miniature"],
+            "parallel.processes: got 17, must be at most rollout.questions = 16",
+        ),
+        (
+            ["parallel.processes=9", "data.sft=miniature", "sft.batch=8"],
+            "parallel.processes: got 9, must be at most sft.batch = 8",
+        ),
         (
             ["parallel.processes=2", "method.adaptive_budget=1"],
             "method.adaptive_budget: got 1, but with parallel.processes = 2 must be 0",

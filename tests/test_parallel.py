@@ -86,6 +86,10 @@ with joined(load_config(None, ["parallel.processes=2"])) as ranks:
     elif sys.argv[1] == "amid what both compute":
         with ranks.bound():
             torch.distributed.all_reduce(torch.zeros(3)) if ranks.main else fail()
+    elif sys.argv[1] == "after what both compute":
+        with ranks.bound():
+            ranks.main or fail()
+        ranks.all("waits for the other")
     elif sys.argv[1] == "in saving after an error":
         try:
             with ranks.together():
@@ -104,9 +108,10 @@ def test_an_error_of_one_process_is_told_by_the_others(where: str) -> None:
     assert second == (TOLD, "")
 
 
-def test_an_error_of_one_process_amid_what_both_compute_is_told_by_both() -> None:
-    """On GPUs the others would hang there, and this one's word be all there is."""
-    first, second = run_both("amid what both compute")
+@pytest.mark.parametrize("where", ["amid what both compute", "after what both compute"])
+def test_an_error_of_one_process_amid_what_both_compute_is_told_by_both(where: str) -> None:
+    """On GPUs the first may hang there, and the other's word be all there is."""
+    first, second = run_both(where)
     assert first[0] == second[0] == 1
     assert "RankError: process 1 of the training has failed: OSError: no space left" in first[1]
     assert "OSError: no space left" in second[1]
@@ -135,22 +140,31 @@ def run_both(where: str) -> list[tuple[int, str]]:
     return [(process.returncode, errors) for process, errors in zip(both, said, strict=True)]
 
 
-@pytest.mark.parametrize(
-    "launcher", ["torch.distributed.run --nproc-per-node", "accelerate.commands.launch --cpu --num_processes"]
-)
-def test_torchrun_and_accelerate_start_the_same_training(project: Path, two: Path, launcher: str) -> None:
-    run = project / launcher.split(".")[0]
-    given = [f"output={run}", "parallel.processes=2", "train.steps=1", "data.eval=null"]
-    command = [*launcher.split(), "2", "-m", "axpo", "train", str(project / "config.yaml"), *given]
-    started = subprocess.run(
-        [sys.executable, "-m", *command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node=2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2"],
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_torchrun_and_accelerate_start_the_same_training(project: Path, two: Path, name: str) -> None:
+    run = project / name
+    command = [sys.executable, "-m", *LAUNCHERS[name], "-m", "axpo", "train", str(project / "config.yaml")]
+
+    def launched(*overrides: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [*command, f"output={run}", *overrides],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        )
+
+    refused = launched("parallel.processes=3")  # the processes are the launcher's, not axpo's own
+    assert "parallel.processes: got 3, but torchrun or accelerate has started 2; must be 2" in refused.stderr
+    started = launched("parallel.processes=2", "train.steps=1", "data.eval=null")
     assert started.returncode == 0, started.stderr
-    (ours, theirs) = (load_trees(each / "trees" / "step_00001.parquet") for each in (run, two))
+    ours, theirs = (load_trees(each / "trees" / "step_00001.parquet") for each in (run, two))
     assert laid_out(ours) == laid_out(theirs)
 
 

@@ -1,5 +1,6 @@
 """Weights that two real processes share, which gloo connects."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,15 @@ from processes import (
     assert_weights_alike,
     fine_tune,
     make_project,
+    start,
     train,
     train_interrupted,
+    wait_for,
+    weights,
 )
+from safetensors.torch import load_file
 
+from axpo.miniature.base import SFT
 from axpo.run import TRAINING_STATE
 
 
@@ -57,3 +63,16 @@ def test_two_processes_are_taught_what_one_is(tmp_path: Path, sharding: str) -> 
     two = fine_tune(project, "two", "parallel.processes=2", f"parallel.sharding={sharding}")
     assert_weights_alike(one, two, 1e-6 if sharding == "none" else 1e-5)
     assert_figures_alike(one, two)
+
+
+def test_fine_tuning_that_is_interrupted_leaves_what_was_learnt(tmp_path: Path) -> None:
+    project, run = make_project(tmp_path), tmp_path / "run"
+    given = ["parallel.processes=2", "parallel.sharding=full", "sft.steps=1000"]
+    data = f"data.sft={project}/trajectories.jsonl"
+    process = start("sft", project / "config.yaml", data, f"output={run}", *given)
+    wait_for(run / "metrics.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors.splitlines()) == (130, [f"interrupted: the run so far is in {run}"])
+    before, after = load_file(SFT / "model.safetensors"), weights(run)
+    assert max((after[name] - before[name]).abs().max() for name in before) > 1e-5

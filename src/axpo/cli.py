@@ -233,6 +233,7 @@ def _train(
     """Train from where the run stands to its end."""
     from axpo.workflow import run_training
 
+    ranks.meet()  # each has its model
     with running(run), _progress(ranks) as progress:
         figures = asyncio.run(run_training(config, run, progress, model, chat, toolbox, data, ranks=ranks))
         if figures:
@@ -258,10 +259,16 @@ def _sft(config: Config, ranks: "Ranks") -> None:
     run = new_run(config, "sft", follows=not ranks.main)
     ranks.meet()
     model = load_model(config, run)
-    with running(run), _progress(ranks) as progress:
+    ranks.meet()
+
+    async def learn(trees: "list[RolloutTree] | None") -> None:
         if trees is None:
-            trees = ranks.of_main(asyncio.run(teach(chat, toolbox, progress, config.seed)) if ranks.main else [])
-        run_sft(config, run, progress, model, chat, trees, ranks=ranks)
+            with ranks.together():
+                trees = ranks.of_main(await teach(chat, toolbox, progress, config.seed) if ranks.main else [])
+        await run_sft(config, run, progress, model, chat, trees, ranks=ranks)
+
+    with running(run), _progress(ranks) as progress:
+        asyncio.run(learn(trees))
         run.end()
     if ranks.main:
         typer.echo(f"run folder: {shown(run.folder)}")

@@ -119,12 +119,15 @@ def _round_up(value: Fraction) -> str:
 
 
 def _parallel_problems(config: "Config") -> list[str]:
-    parallel, questions, found = config.parallel, config.rollout.questions, []
-    if parallel.processes > questions:
-        found.append(
-            f"parallel.processes: got {parallel.processes}, must be at most rollout.questions = {questions}: "
-            "each process draws the rollouts of questions of its own"
-        )
+    parallel, found = config.parallel, []
+    shares = {"rollout.questions": (config.data.train, config.rollout.questions)}
+    shares["sft.batch"] = (config.data.sft, config.sft.batch)
+    for key, (data, most) in shares.items():
+        if data is not None and parallel.processes > most:
+            found.append(
+                f"parallel.processes: got {parallel.processes}, must be at most {key} = {most}: "
+                "each process has its own share of them"
+            )
     if parallel.processes > 1:
         for key in ("adaptive_budget", "dynamic_sampling"):
             if given := getattr(config.method, key):

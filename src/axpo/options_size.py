@@ -13,8 +13,8 @@ class ParallelConfig(Section):
     """Training with several processes, one a GPU."""
 
     processes: Integer = Field(default=1, ge=1)
-    """Processes on this machine that train together, each on its share of the questions. `axpo train` starts them,
-    unless torchrun or accelerate has. Default: 1."""
+    """Processes on this machine that train together, each on its share of a step's questions or trajectories.
+    `axpo train` and `axpo sft` start them, unless torchrun or accelerate has. Default: 1."""
     sharding: Literal["none", "full"] = "none"
     """full: each process holds its share of weights, gradients and optimizer (FSDP2); none: each holds all.
     Default: none."""

@@ -5,12 +5,13 @@ all come to the same. Python objects travel over gloo whatever the device, so th
 
 So that nobody waits for one who will not come:
 
-- Whatever ranks exchange (`all`, `sum`, …) begins with `meet`, where each says that it is well, or what went wrong.
-- An error inside `together` is said at the next meeting, at which the others are or will be, and they raise it there.
-  After it all ranks do the same again: they may meet once more, to save what there is.
-- Inside `bound`, tensors are computed together, and there is no meeting that an error could be said at. Who fails there
-  notes it in the store that the processes found each other by, and goes; the others then fail too, and find the note.
-  After it nothing more can be exchanged (`lost`).
+- With whatever ranks exchange (`all`, `sum`, …) each says that it is well, or what went wrong.
+- An error inside `together` is said at the next exchange, where the others are or will be, and they raise it there.
+  After it all ranks do the same again: they may exchange once more, to save what there is.
+- Inside `bound`, tensors are computed together, and nobody could say an error. Who fails there notes it in the store
+  that the processes found each other by, and ends; the others find it gone, and the note. After it nothing more can be
+  exchanged (`lost`).
+- Ctrl-C must not come amid an exchange: what exchanges runs in an asyncio task, which is interrupted where it awaits.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ import os
 import pickle
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -35,6 +36,7 @@ from axpo.launch import TOLD
 
 PATIENCE = timedelta(hours=1)  # for which a rank waits for the others: the rollouts of one may take so much longer
 INTERRUPTED = "interrupted"
+_NOTE = "first to fail"
 
 T = TypeVar("T")
 
@@ -72,15 +74,13 @@ class Ranks:
         """
         if self.size == 1:
             return [value]
-        sent = pickle.dumps(value)  # before the meeting: what cannot be sent is an error that can be said there
-        self.meet()
-        return [pickle.loads(each) for each in self._all(sent)]
+        return [pickle.loads(each) for each in self._exchange("", pickle.dumps(value))]
 
     def to_main(self, value: T) -> list[T]:
         """The values of all ranks on rank 0, and nothing on the others. Raises as `all` does."""
         if self.size == 1:
             return [value]
-        sent = pickle.dumps(value)
+        sent = pickle.dumps(value)  # what cannot be sent is an error that can still be said
         self.meet()
         gathered: list[bytes] | None = [b""] * self.size if self.main else None
         dist.gather_object(sent, gathered)
@@ -88,13 +88,7 @@ class Ranks:
 
     def of_main(self, value: T) -> T:
         """The value of rank 0, on every rank. Raises as `all` does."""
-        if self.size == 1:
-            return value
-        sent = [pickle.dumps(value) if self.main else b""]
-        self.meet()
-        dist.broadcast_object_list(sent)
-        received: T = pickle.loads(sent[0])
-        return received
+        return self.all(value if self.main else None)[0]  # type: ignore[return-value]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sums over all ranks, added in their order."""
@@ -116,15 +110,11 @@ class Ranks:
 
     def meet(self) -> None:
         """Wait for all ranks, each of which is well. Raises as `all` does."""
-        if self.size > 1:
-            for rank, said in enumerate(self._all("")):
-                if said:
-                    self.failed = True
-                    raise self._told(rank, said)
+        self.all(None)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What goes wrong inside on one rank is told to the others, who raise it where they next meet.
+        """What goes wrong inside on one rank is told to the others, who raise it where they next exchange something.
 
         So nobody waits for who will not come, and what is done after an error, such as saving, is done by all.
         """
@@ -132,50 +122,59 @@ class Ranks:
             yield
             self.meet()
         except BaseException as error:
-            if self.size > 1 and not self.failed:
-                self.failed = True
-                self._all(_said(error))
+            if self.size > 1 and not isinstance(error, RankError):
+                if self.failed:
+                    self._note(error)  # it was told already, or the others do not wait for anything any more
+                else:
+                    self.failed = True
+                    self._gathered((_said(error), b""))
             raise
 
     @contextmanager
     def bound(self) -> Iterator[None]:
-        """What all ranks compute together, once all are here and well. Raises what went wrong first, on any rank."""
+        """What all ranks compute together, once all are here and well. Raises RankError where another has failed."""
         self.meet()
         try:
             yield
         except BaseException as error:
-            if self.size == 1:
-                raise
-            self.failed = self.lost = True
-            rank, said = self._first_to_fail(_said(error))
-            if rank == self.rank:
-                raise
-            raise self._told(rank, said) from error
+            if self.size > 1:
+                self.failed = self.lost = True
+                if not isinstance(error, RankError):
+                    if _is_of_the_connection(error):
+                        raise self._gone() from error
+                    self._note(error)
+            raise
 
-    def _first_to_fail(self, said: str) -> tuple[int, str]:
-        """The rank whose note was first, and what it said; this one's own where nobody's was."""
-        own = json.dumps([self.rank, said])
-        assert self.store is not None
-        try:
-            first = self.store.compare_set("first to fail", "", own)
-        except RuntimeError as error:  # rank 0 keeps the store, and has ended
-            raise RankLostError("another process of the training has ended") from error
-        rank, said = json.loads(first)
-        return rank, said
+    def _exchange(self, said: str, sent: bytes) -> list[bytes]:
+        gathered = self._gathered((said, sent))
+        for rank, (said, _) in enumerate(gathered):
+            if said:
+                self.failed = True
+                raise _told(rank, said)
+        return [sent for _, sent in gathered]
 
-    def _told(self, rank: int, said: str) -> BaseException:
-        if said == INTERRUPTED:
-            return KeyboardInterrupt()
-        return RankError(f"process {rank} of the training has failed: {said.splitlines()[-1]}\n{said}")
-
-    def _all(self, value: T) -> list[T]:
+    def _gathered(self, value: T) -> list[T]:
         values: list[T | None] = [None] * self.size
         try:
             dist.all_gather_object(values, value)
         except RuntimeError as error:
             self.failed = self.lost = True
-            raise RankLostError("another process of the training has ended") from error
+            raise self._gone() from error
         return values  # type: ignore[return-value]
+
+    def _note(self, error: BaseException) -> None:
+        """Leave what went wrong where the others look once they find this rank gone. The first note stays."""
+        assert self.store is not None
+        with suppress(RuntimeError):  # rank 0 keeps the store, and may have ended
+            self.store.compare_set(_NOTE, "", json.dumps([self.rank, _said(error)]))
+
+    def _gone(self) -> BaseException:
+        """What another rank has noted that is gone, or that it has left no note."""
+        assert self.store is not None
+        with suppress(RuntimeError):
+            if self.store.check([_NOTE]):
+                return _told(*json.loads(self.store.get(_NOTE)))
+        return RankLostError("another process of the training has ended")
 
 
 ALONE = Ranks()
@@ -185,6 +184,22 @@ def _said(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
         return INTERRUPTED
     return "".join(traceback.format_exception(error)).strip()
+
+
+def _told(rank: int, said: str) -> BaseException:
+    if said == INTERRUPTED:
+        return KeyboardInterrupt()
+    return RankError(f"process {rank} of the training has failed: {said.splitlines()[-1]}\n{said}")
+
+
+def _is_of_the_connection(error: BaseException) -> bool:
+    """Whether the processes could not reach each other: of gloo's errors the words alone tell."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def computing(config: Config, ranks: Ranks) -> AbstractContextManager[None]:
+    """Surrounds what uses the weights, for which ranks that share them need each other."""
+    return ranks.bound() if config.parallel.sharding == "full" else nullcontext()
 
 
 def in_order(shares: Sequence[Mapping[int, T]]) -> list[T]:
@@ -231,4 +246,5 @@ def joined(config: Config) -> Iterator[Ranks]:
             raise
         raise SystemExit(TOLD) from None
     finally:
-        dist.destroy_process_group()
+        if not ranks.lost:  # else it would wait for the others, where they are GPUs'
+            dist.destroy_process_group()

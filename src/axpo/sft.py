@@ -1,7 +1,6 @@
 """Supervised fine-tuning: the same trees, packing and forward, with likelihood as the loss."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -11,7 +10,7 @@ from axpo.config import Config
 from axpo.minibatch import apply, minibatches
 from axpo.optimizer import Optimizer
 from axpo.packing import pack_logprobs
-from axpo.parallel import ALONE, Ranks
+from axpo.parallel import ALONE, Ranks, computing
 from axpo.policy import banned_tokens, update_forward
 from axpo.questions import DataError, Trajectory
 from axpo.sharding import shard
@@ -59,7 +58,8 @@ def sft_steps(
         raise DataError("there is no trajectory to learn from")
     options, shared = config.sft, config.parallel.sharding == "full"
     if shared:
-        shard(model)
+        with ranks.bound():
+            shard(model)
     optimizer = Optimizer(
         model,
         options.learning_rate,
@@ -79,7 +79,7 @@ def sft_steps(
         own = [trees[batch[place]] for place in ranks.share(options.batch)]
         [minibatch] = minibatches([own], chat, config.train.pack_tokens, ranks, shared)
         losses = []
-        with ranks.bound() if shared else nullcontext():
+        with computing(config, ranks):
             for pack in minibatch.packs:
                 with update_forward(model, config.train.gradient_checkpointing, config.train.autocast):
                     loss = -pack_logprobs(model, pack, chat, banned).sum() / minibatch.tokens

@@ -4,7 +4,7 @@ import copy
 import random
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from axpo.methods import METHODS
 from axpo.minibatch import Minibatch, apply, minibatches
 from axpo.optimizer import Optimizer
 from axpo.packing import Pack, PackInputs, forward_logprobs, pack_logprobs
-from axpo.parallel import ALONE, Ranks, in_order
+from axpo.parallel import ALONE, Ranks, computing, in_order
 from axpo.policy import PolicyError, banned_tokens, restore_weights, update_forward
 from axpo.questions import Question
 from axpo.reference import Reference
@@ -115,7 +115,7 @@ class Trainer:
 
     def together(self) -> AbstractContextManager[None]:
         """Surrounds what uses the weights, for which ranks that share them need each other."""
-        return self.ranks.bound() if self.shared else nullcontext()
+        return computing(self.config, self.ranks)
 
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on besides the weights, for `restore`. Not while an update moves these.

@@ -1,5 +1,6 @@
 """The stages that the commands are made of: fine-tune, train, evaluate."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from axpo.config import Config
 from axpo.diagnostics.alarms import Alarms, AlarmStop
 from axpo.engines.base import Engine
 from axpo.evaluation.runner import evaluate, summarise
-from axpo.parallel import ALONE, Ranks, in_order
+from axpo.parallel import ALONE, Ranks, computing, in_order
 from axpo.preflight import preflight
 from axpo.questions import Question
 from axpo.run import Run
@@ -80,7 +81,7 @@ async def run_training(
     def save() -> None:
         with trainer.together():
             run.save_checkpoint(model, chat, state={"trainer": trainer.state(), "alarms": alarms.state()})
-        ranks.all(None)  # nobody goes on, or ends, before it is written
+        ranks.meet()  # nobody goes on, or ends, before it is written
 
     progress.stage(name, steps - done)
     try:
@@ -149,7 +150,7 @@ async def run_evaluation(
     return summary
 
 
-def run_sft(
+async def run_sft(
     config: Config,
     run: Run,
     progress: Progress,
@@ -171,7 +172,9 @@ def run_sft(
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 run.log({"stage": "sft", **figures, "seconds": seconds})
                 progress.step({**figures, "seconds": seconds})
+                await asyncio.sleep(0)  # where Ctrl-C ends it: all ranks after whole steps
     finally:
         if not ranks.lost:
-            run.save_checkpoint(model, chat, checkpoint)
-            ranks.all(None)  # nobody ends before it is written
+            with computing(config, ranks):
+                run.save_checkpoint(model, chat, checkpoint)
+            ranks.meet()  # nobody ends before it is written

@@ -77,12 +77,14 @@ def test_shards():
     for part in "weights", "gradients", "optimizer", "reference policy":
         assert sharded["update"].parts[part] == alone["update"].parts[part] // 4
     assert sharded["update"].parts["activations"] == alone["update"].parts["activations"]
-    # All but the layers, with its gradients, 2 x 60 million numbers; two layers; a layer's gradients in both precisions.
+    # All but the layers, 60 million, with gradients; two layers; a layer's gradients in both precisions.
     assert sharded["update"].parts["gathered weights"] == 2 * (2 * 6 + 2) * 10**7 + (2 + 4) * 10**7
-    # Its gradients are added up in float32 when all else has gone. A frozen tower has none.
-    assert sharded["reduction"].parts["gathered weights"] == (2 * 2 + 4) * 6 * 10**7
+    # When all else has gone its 60 million gradients are there in both precisions, with their share, and those of all.
+    reduced = (2 + 4) * 6 * 10**7 + (4 * 6 * 10**7 + 2 * ALL) // 4
+    assert sharded["reduction"].parts["gradients"] == ALL + reduced
     frozen = by_name(config(*given, "parallel.sharding=full", "train.vision=false"))
-    assert frozen["reduction"].parts["gathered weights"] == 2 * 6 * 10**7 + (2 + 4) * 10**7
+    numbers = ALL - 5 * 10**7
+    assert frozen["reduction"].parts["gradients"] == numbers + (2 + 4) * 10**7 + (4 * 10**7 + 2 * numbers) // 4
     # The local engine generates with all weights at once.
     assert sharded["rollout"].parts["gathered weights"] == 2 * ALL
     assert not alone["update"].parts["gathered weights"]

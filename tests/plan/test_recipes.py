@@ -220,7 +220,7 @@ def test_a_recipe_takes_a_step_in_processes_that_share_weights(
     assert load_config(run / "config.yaml").parallel.sharding == "full"
     [step, *_] = lines(run)
     if kind == "train":  # all rollouts of these random weights are wrong, and teach nothing
-        assert step["rollouts"] >= 16
+        assert step["trained_tokens"] > 16
         return
     before, after = (load_file(folder / "model.safetensors") for folder in (model, run / "checkpoint"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}

@@ -36,11 +36,11 @@ def quickstart(
     summary: dict[str, Any] = {}
     engine = build.make_engine(config, model, chat)  # what stands in its way is told before anything is taught
     engine.sleep()
-    trees = asyncio.run(teach(chat, toolbox, progress, config.seed))
-    run.save_trees("teacher", trees[:50])
-    run_sft(config, run, progress, model, chat, trees, "sft")
 
     async def learn() -> None:
+        trees = await teach(chat, toolbox, progress, config.seed)
+        run.save_trees("teacher", trees[:50])
+        await run_sft(config, run, progress, model, chat, trees, "sft")
         assert data.eval is not None
         engine.update_weights()
         summary["sft"] = await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval, "sft")

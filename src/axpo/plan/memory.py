@@ -49,7 +49,7 @@ class Sizes:
     reference: int
     stepping: int  # what a step of the optimizer makes for the moment
     gathered: int  # what FSDP has whole amid a backward
-    reduced: int  # and at its end, when it adds up the gradients of what is in none of the layers
+    reduced: int  # what it adds up the gradients of all else with, at the backward's end
 
     @staticmethod
     def of(config: Config, shape: Shape, tuning: bool) -> "Sizes":
@@ -70,7 +70,8 @@ class Sizes:
         learns = 0 if rank else outer - (0 if config.train.vision else shape.vision_parameters)
         layer = 0 if rank else shape.layer_parameters
         gathered = (outer + learns + 2 * shape.layer_parameters + layer) * e + layer * FLOAT32
-        reduced = (outer + learns) * e + learns * FLOAT32
+        # They are whole, and so is what is sent; its share comes back beside all others, until they are added up.
+        reduced = learns * (e + FLOAT32) + (learns * FLOAT32 + numbers * e) // share
         return Sizes(
             whole=whole,
             weights=whole // share,
@@ -125,7 +126,7 @@ def moments(config: Config, shape: Shape, batch: Batch, gpu_memory: int | None, 
         found.append(Moment("reference", held | {"reference policy": sizes.reference} | forward))
     found.append(Moment("update", held | _update(work) | {"gathered weights": sizes.gathered}))
     if sizes.reduced:
-        found.append(Moment("reduction", held | {"gathered weights": sizes.reduced}))
+        found.append(Moment("reduction", held | {"gradients": held["gradients"] + sizes.reduced}))
     stepped = 0 if away else sizes.optimizer + sizes.stepping
     return [*found, Moment("optimizer", held | {"optimizer": stepped})]
 
@@ -168,6 +169,6 @@ def host_bytes(config: Config, shape: Shape, tuning: bool = False) -> int:
     sizes, processes = Sizes.of(config, shape, tuning), config.parallel.processes
     away = sizes.optimizer + sizes.gradients + sizes.reference if config.parallel.offload else 0
     shares = processes if config.parallel.sharding == "full" else 1
-    gather = sizes.whole + (0 if config.parallel.offload else shares * sizes.optimizer)
+    gather = sizes.whole + (0 if config.parallel.offload or tuning else shares * sizes.optimizer)
     loading = sizes.whole if config.device.startswith("cuda") else 0
     return processes * (PROCESS + max(loading, away)) + gather

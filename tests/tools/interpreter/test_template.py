@@ -67,11 +67,11 @@ def in_a_fork(action: Callable[[], object]) -> object:
     pid = os.fork()
     if pid == 0:
         try:
-            answer = action()
-        except Exception:
-            answer = traceback.format_exc()
-        os.write(write, json.dumps(answer).encode())
-        os._exit(0)
+            os.write(write, json.dumps(action()).encode())
+        except BaseException:
+            os.write(write, json.dumps(traceback.format_exc()).encode())
+        finally:
+            os._exit(0)
     os.close(write)
     with os.fdopen(read) as file:
         text = file.read()
