@@ -179,3 +179,15 @@ def test_another_number_of_processes_than_torchrun_has_started(
         f"error: parallel.processes: got {processes}, but torchrun or accelerate has started 2; must be 2\n"
     )
     assert not (project / "refused").exists()
+
+
+def test_a_process_of_several_ends_with_its_code_and_all_written() -> None:
+    """Without taking the interpreter apart, amid which it may be aborted."""
+    code = (
+        "import atexit; from axpo.launch import end_rank; atexit.register(print, 'written'); end_rank({}); print('on')"
+    )
+    for given, rank, expected in (("3", {"RANK": "1"}, (3, "written\n")), ("None", {}, (0, "on\nwritten\n"))):
+        ended = subprocess.run(
+            [sys.executable, "-c", code.format(given)], capture_output=True, text=True, env=os.environ | rank
+        )
+        assert (ended.returncode, ended.stdout) == expected

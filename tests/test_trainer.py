@@ -23,6 +23,7 @@ from axpo.fork import Allocation, Candidate, allocate
 from axpo.miniature.scene import draw_scene
 from axpo.miniature.tools import zoom_call
 from axpo.miniature.world import sample_scene
+from axpo.minibatch import Minibatch
 from axpo.packing import Pack, PackInputs, pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
 from axpo.questions import Question, Trajectory, Turn
@@ -301,8 +302,8 @@ def test_old_logprobs_that_are_not_exact_are_recomputed(make_trainer: Maker, ove
     assert torch.allclose(old, pack.old_logprobs.float(), atol=1e-5, rtol=0) is exact
     # Where no weight has moved, the loss takes the policy's own: the same loss from one forward less.
     assert trainer.old_logprobs(pack, moved=False) is None
-    loss, *_ = trainer.loss(pack, None, 1, 1)
-    assert loss.item() == trainer.loss(pack, old, 1, 1)[0].item()
+    loss, *_ = trainer.loss(pack, None, Minibatch([pack], 1, 1, images=False))
+    assert loss.item() == trainer.loss(pack, old, Minibatch([pack], 1, 1, images=False))[0].item()
 
 
 def test_old_logprobs_of_sampling_are_taken_where_they_are_exact(make_trainer: Maker) -> None:
@@ -410,7 +411,7 @@ def test_importance_weights_are_those_of_the_noise_in_the_sampling_logprobs(make
         train = trainer.config.train.model_copy(update={"importance_cap": cap})
         trainer.config = trainer.config.model_copy(update={"train": train})
         assert (trainer.old_logprobs(pack, moved=False) is None) is (cap is not None)
-        loss, _, logprobs = trainer.loss(pack, None, 1, n)
+        loss, _, logprobs = trainer.loss(pack, None, Minibatch([pack], 1, n, images=False))
         more = (pack.old_logprobs > logprobs).sum().item()
         low = 1.0 if cap is None else np.exp(-0.5)
         assert 0 < more < n
@@ -449,7 +450,7 @@ def test_the_reference_is_computed_from_the_same_inputs(make_trainer: Maker, mon
 
     monkeypatch.setattr(PackInputs, "of", counting)
     (pack, *_) = pack_trees(trees, trainer.agent.chat, 100_000)
-    _, divergence, _ = trainer.loss(pack, pack.old_logprobs, 1, 1)
+    _, divergence, _ = trainer.loss(pack, pack.old_logprobs, Minibatch([pack], 1, 1, images=False))
     assert divergence == 0.0  # the reference is the policy itself: the same numbers to the last bit
     assert len(made) == 1
 

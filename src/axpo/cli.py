@@ -38,7 +38,7 @@ from axpo.cli_shared import (
 from axpo.cli_simulate import simulate_command
 from axpo.cli_tools import tools
 from axpo.config import MINIATURE, Config, ConfigError, load_config
-from axpo.launch import end_with_parent, start, starts_others
+from axpo.launch import end_rank, end_with_parent, start, starts_others
 from axpo.progress import TerminalProgress
 
 if TYPE_CHECKING:
@@ -68,7 +68,11 @@ def main() -> None:
     for stream in sys.stdout, sys.stderr:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a run must not end because a terminal lacks a character
-    app(prog_name="axpo")
+    try:
+        app(prog_name="axpo")
+    except SystemExit as ended:
+        end_rank(ended.code)
+        raise
 
 
 @app.command()

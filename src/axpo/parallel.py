@@ -246,5 +246,6 @@ def joined(config: Config) -> Iterator[Ranks]:
             raise
         raise SystemExit(TOLD) from None
     finally:
-        if not ranks.lost:  # else it would wait for the others, where they are GPUs'
+        ranks.store = None
+        if not ranks.lost or backend == "gloo":  # NCCL would wait for those that have gone
             dist.destroy_process_group()
