@@ -56,3 +56,21 @@ def test_the_first_paragraph_says_what_the_longer_runs_did() -> None:
     more = methods["axpo"]["rollouts"]["mean"] / methods["grpo"]["rollouts"]["mean"] - 1
     assert f"at {100 * more:.0f}% more rollouts than GRPO" in said
     assert f"({methods['axpo']['seeds']} seeds)" in said
+
+
+def test_what_the_trees_say_is_in_the_readme() -> None:
+    found = json.loads((EVIDENCE / "why.json").read_text("utf-8"))
+    said = " ".join((EVIDENCE / "README.md").read_text("utf-8").split())
+    ranking, groups, without = found["ranking"], found["one_group"], found["resample_no_tool"]
+    shares = (100 * ranking["recovered_less_confident"][key] for key in KEYS)
+    assert "in {:.0f}% of the comparisons [{:.0f}, {:.0f}]".format(*shares) in said
+    assert f"only {ranking['candidates_per_prefix']['mean']:.1f} failed calls for each" in said
+    assert "(correlation {:.2f} [{:.2f}, {:.2f}])".format(*(groups["correlation"][key] for key in KEYS)) in said
+    apart, together = (100 * groups[key]["mean"] for key in ("nothing_apart", "nothing_together"))
+    assert f"{apart:.0f}% of the prefixes and continuations have no advantage" in said
+    assert f"in one group {together:.0f}%" in said
+    spent, lost, kept = (
+        100 * without[key]["mean"] for key in ("share_without_tool", "recovered_without_tool", "recovered_with_tool")
+    )
+    assert f"spends {spent:.0f}% of the resamplings" in said
+    assert f"recovers {lost:.0f}% of these, against {kept:.0f}% of the calls" in said
