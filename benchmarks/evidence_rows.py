@@ -2,6 +2,7 @@
 
 .venv/bin/python benchmarks/evidence_rows.py docs/evidence/summary.json
 .venv/bin/python benchmarks/evidence_rows.py docs/evidence/longer/summary.json
+.venv/bin/python benchmarks/evidence_rows.py docs/evidence/longer_ablations/summary.json
 """
 
 import json
@@ -77,4 +78,5 @@ def _row(name: str, values: list[Estimate], differences: list[Estimate]) -> str:
 
 if __name__ == "__main__":
     read = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    print("\n".join([*rows(read), "", *others(read)]))
+    known = rows(read) if set(METHODS) <= read["methods"].keys() else []
+    print("\n".join([*known, "", *others(read)]))
