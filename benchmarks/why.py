@@ -89,9 +89,8 @@ def without_tool(trees: list[RolloutTree]) -> Figures:
 
 
 QUESTIONS = {
-    "ranking": ("random_rank", ranking),
-    "one_group": ("random_rank", one_group),
-    "resample_no_tool": ("resample_no_tool", without_tool),
+    "random_rank": {"ranking": ranking, "one_group": one_group},
+    "resample_no_tool": {"resample_no_tool": without_tool},
 }
 
 
@@ -101,12 +100,14 @@ def main() -> None:
     parser.add_argument("results", type=Path, metavar="RESULTS.json")
     given = parser.parse_args()
     figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for name, (method, measure) in QUESTIONS.items():
+    for method, measures in QUESTIONS.items():
         for run in sorted((given.output / "cells" / method).iterdir()):
             if run_status(run)["ended"]:
                 files = sorted((run / "trees").glob("step_*.parquet"))
-                for key, value in measure([tree for file in files for tree in load_trees(file)]).items():
-                    figures[name][key].append(value)
+                trees = [tree for file in files for tree in load_trees(file)]
+                for name, measure in measures.items():
+                    for key, value in measure(trees).items():
+                        figures[name][key].append(value)
     found = {name: {key: estimate(each) for key, each in of.items()} for name, of in figures.items()}
     seeds = {name: len(next(iter(of.values()))) for name, of in figures.items()}
     given.results.write_text(as_text({"seeds": seeds, "intervals": METHOD, **found}, 3) + "\n", encoding="utf-8")

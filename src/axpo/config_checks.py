@@ -120,9 +120,10 @@ def _round_up(value: Fraction) -> str:
 
 def _parallel_problems(config: "Config") -> list[str]:
     parallel, found = config.parallel, []
-    shares = {"rollout.questions": (config.data.train, config.rollout.questions)}
-    shares["sft.batch"] = (config.data.sft, config.sft.batch)
-    for key, (data, most) in shares.items():
+    for key, data, most in (
+        ("rollout.questions", config.data.train, config.rollout.questions),
+        ("sft.batch", config.data.sft, config.sft.batch),
+    ):
         if data is not None and parallel.processes > most:
             found.append(
                 f"parallel.processes: got {parallel.processes}, must be at most {key} = {most}: "

@@ -74,7 +74,12 @@ class Ranks:
         """
         if self.size == 1:
             return [value]
-        return [pickle.loads(each) for each in self._exchange("", pickle.dumps(value))]
+        gathered = self._gathered(("", pickle.dumps(value)))
+        for rank, (said, _) in enumerate(gathered):
+            if said:
+                self.failed = True
+                raise _told(rank, said)
+        return [pickle.loads(sent) for _, sent in gathered]
 
     def to_main(self, value: T) -> list[T]:
         """The values of all ranks on rank 0, and nothing on the others. Raises as `all` does."""
@@ -144,14 +149,6 @@ class Ranks:
                         raise self._gone() from error
                     self._note(error)
             raise
-
-    def _exchange(self, said: str, sent: bytes) -> list[bytes]:
-        gathered = self._gathered((said, sent))
-        for rank, (said, _) in enumerate(gathered):
-            if said:
-                self.failed = True
-                raise _told(rank, said)
-        return [sent for _, sent in gathered]
 
     def _gathered(self, value: T) -> list[T]:
         values: list[T | None] = [None] * self.size
