@@ -12,21 +12,15 @@ from typing import Any
 
 from axpo.comparison import paper
 from axpo.comparison.aggregate import Estimate
+from axpo.comparison.grid import cells_of, load_grid
+from axpo.comparison.paper import row_of
 from axpo.comparison.report import points
 from axpo.miniature.world import FAMILIES
 
 METHODS = ("sft", "grpo", "grpo2x", "axpo")
 PAIRS = ("axpo_minus_grpo", "axpo_minus_grpo2x")
-OTHERS = {
-    **dict(
-        zip(
-            ("no_prefix_fix", "resample_no_tool", "random_rank", "no_prefix_credit", "one_group"),
-            paper.ABLATIONS,
-            strict=True,
-        )
-    ),
-    **{row.method: row for row in paper.RECIPES if not row.options},
-}
+GRID = Path(__file__).parents[1] / "docs" / "evidence" / "grid.yaml"
+SPENT = (("rollouts", "rollouts"), ("generated tokens", "generated_tokens"), ("seconds, one core", "seconds"))
 
 
 def rows(summary: dict[str, Any]) -> list[str]:
@@ -50,6 +44,12 @@ def rows(summary: dict[str, Any]) -> list[str]:
                 [of["pairs"][p]["pass1"] for p in PAIRS],
             )
         )
+    for name, key in SPENT:
+        spent = [methods[method][key]["mean"] for method in METHODS]
+        ratios = [spent[-1] / methods[pair.removeprefix("axpo_minus_")][key]["mean"] for pair in PAIRS]
+        found.append(
+            f"| {name} | {' | '.join(f'{each:,.0f}' for each in spent)} | ×{ratios[0]:.2f} | ×{ratios[1]:.2f} |"
+        )
     return found
 
 
@@ -59,9 +59,10 @@ def others(summary: dict[str, Any]) -> list[str]:
     Behind each difference in Pass@1 and Pass@4 stands the paper's.
     """
     found = []
-    for name, row in OTHERS.items():
-        of, pair = summary["methods"].get(name), summary["pairs"].get(f"axpo_minus_{name}")
-        if of is None or not of["seeds"]:
+    trained = {cell.name: cell.config for cell in cells_of(load_grid(GRID)) if cell.command == "train"}
+    for name, config in trained.items():
+        of, pair, row = summary["methods"].get(name), summary["pairs"].get(f"axpo_minus_{name}"), row_of(config)
+        if name in METHODS or row is None or of is None or not of["seeds"]:
             continue
         values = " | ".join(f"{of[key]['mean']:.1%}" for key in ("pass1", "pass4", "tool_use"))
         differences = [

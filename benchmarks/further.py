@@ -1,12 +1,12 @@
-"""Evaluates the study's policies away from what they were trained on: far questions, and a tool that they never had.
+"""Asks the study's policies more: other held-out questions, far ones, and ones for a tool that they never had.
 
-    .venv/bin/python benchmarks/further.py runs/evidence docs/evidence/further.json
+    .venv/bin/python benchmarks/further.py runs/longer docs/evidence/further.json
 
-For each of the methods and seeds that have ended in a comparison of the miniature, Pass@1, Pass@4 and tool use on 90
-far questions (smaller plaques, longer numbers, longer names) and on 90 questions about pictures that only an image
-search settles; of these also the share of rollouts that call it. What has been evaluated is not evaluated again.
-Beside them, what a guess is worth there and on the held-out questions of the comparison: how often the usual value is
-right, and either of the two common ones.
+For each of the methods and seeds that have ended in a comparison of the miniature, Pass@1, Pass@4 and tool use on 300
+held-out questions of another seed, on 90 far ones (smaller plaques, longer numbers, longer names) and on 90 about
+pictures that only an image search settles; of these also the share of rollouts that call it. What has been evaluated
+is not evaluated again. Beside them, what a guess is worth there and on the held-out questions of the comparison: how
+often the usual value is right, and either of the two common ones.
 """
 
 import argparse
@@ -16,18 +16,23 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from axpo.build import HELD_OUT_SEED
-from axpo.comparison.aggregate import as_text
-from axpo.comparison.bootstrap import METHOD, estimate
+from axpo.comparison.aggregate import as_text, difference, over_seeds
+from axpo.comparison.bootstrap import METHOD
+from axpo.comparison.report import points
 from axpo.miniature import unseen
 from axpo.miniature.world import Problem, sample_problems
 from axpo.run import run_status
 from axpo.storage import load_trees
 
 METHODS = ("sft", "grpo", "grpo2x", "axpo")
-SPLITS = ("far", "unseen")
+MORE, MORE_SEED = 300, 2  # held-out questions
+SPLITS = ("more", "far", "unseen")
+TITLES = {"pass1": "Pass@1", "pass4": "Pass@4", "tool_use": "tool use", "image_search": "image search"}
 Figures = dict[str, float]
 
 
@@ -63,22 +68,33 @@ def guesses(problems: list[Problem]) -> Figures:
     return {"usual": ranks.count(0) / len(ranks), "common": 1 - ranks.count(2) / len(ranks)}
 
 
-def summarise(found: dict[str, dict[str, Figures]]) -> dict[str, object]:
+def summarise(found: dict[str, dict[int, Figures]]) -> dict[str, object]:
     """Means and intervals of each method, of figures by seed, and of AXPO's differences on the same seeds."""
-
-    def means(seeds: list[Figures]) -> dict[str, object]:
-        return {key: estimate([figures[key] for figures in seeds]) for key in (seeds[0] if seeds else ())}
-
     axpo = found["axpo"]
-    pairs = {
-        f"axpo_minus_{method}": means(
-            [{key: axpo[s][key] - seeds[s][key] for key in axpo[s]} for s in sorted(seeds.keys() & axpo.keys())]
-        )
-        for method, seeds in found.items()
-        if method != "axpo"
+    keys = [*next(iter(axpo.values()))] if axpo else []
+    return {
+        "methods": {
+            method: {"seeds": len(seeds), **{key: over_seeds(seeds, itemgetter(key)) for key in keys}}
+            for method, seeds in found.items()
+        },
+        "pairs": {
+            f"axpo_minus_{method}": {key: difference(axpo, seeds, itemgetter(key)) for key in keys}
+            for method, seeds in found.items()
+            if method != "axpo"
+        },
     }
-    methods = {m: {"seeds": len(seeds), **means([seeds[s] for s in sorted(seeds)])} for m, seeds in found.items()}
-    return {"methods": methods, "pairs": pairs}
+
+
+def rows(found: dict[str, Any]) -> list[str]:
+    """Markdown: the figures of each split for each method, and AXPO's differences, in points."""
+    table = []
+    for split in SPLITS:
+        methods, pairs = found[split]["methods"], found[split]["pairs"]
+        for key in (key for key in methods["axpo"] if key != "seeds"):
+            shares = [f"{methods[method][key]['mean']:.1%}" for method in METHODS]
+            differences = [points(pairs[f"axpo_minus_{method}"][key]) for method in ("grpo", "grpo2x")]
+            table.append(f"| {split}, {TITLES[key]} | {' | '.join((*shares, *differences))} |")
+    return table
 
 
 def main() -> None:
@@ -88,6 +104,8 @@ def main() -> None:
     arguments = parser.parse_args()
     questions = arguments.comparison / "questions"
     unseen.write(questions)
+    more = sample_problems(MORE, MORE_SEED, "held_out")
+    (questions / "more.jsonl").write_text("".join(json.dumps(unseen.row(p.question)) + "\n" for p in more))
     cells = [
         cell
         for method in METHODS
@@ -96,11 +114,12 @@ def main() -> None:
     ]
     with ThreadPoolExecutor(2) as pool:
         figures = dict(zip(cells, pool.map(evaluate, cells, [questions] * len(cells)), strict=True))
-    found: dict[str, dict[str, dict[str, Figures]]] = {split: {method: {} for method in METHODS} for split in SPLITS}
+    found: dict[str, dict[str, dict[int, Figures]]] = {split: {method: {} for method in METHODS} for split in SPLITS}
     for cell, split in product(cells, SPLITS):
-        found[split][cell.parent.name][cell.name] = figures[cell][split]
+        found[split][cell.parent.name][int(cell.name.removeprefix("seed_"))] = figures[cell][split]
     problems = {
         "held_out": sample_problems(150, HELD_OUT_SEED, "held_out"),
+        "more": more,
         "far": sample_problems(unseen.COUNT, unseen.FAR_SEED, "far"),
         "unseen": unseen.sample_pictures(unseen.COUNT, 0),
     }
@@ -110,6 +129,7 @@ def main() -> None:
         **{split: summarise(found[split]) for split in SPLITS},
     }
     arguments.out.write_text(as_text(result, 4))
+    print("\n".join(rows(result)))
 
 
 if __name__ == "__main__":

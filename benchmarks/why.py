@@ -4,7 +4,8 @@
 
 - Ranking: does a call's confidence tell whether its prefix will be recovered? From the runs with random ranking, where
   no choice was made by it: the chance that a recovered prefix had the less confident call than one that was not (0.5:
-  it tells nothing), and how many candidates there were for each prefix that was chosen.
+  it tells nothing), over all pairs of a run and over those of one question in one step; and how many failed calls
+  there were, on the questions that trigger, for each prefix that was chosen.
 - One group: how alike are the advantages of prefixes and continuations under both rules, on the same trees?
 - Resampling without a tool: of what is resampled, how much is of rollouts without one, and how often is each recovered?
 
@@ -40,18 +41,26 @@ def forks(tree: RolloutTree) -> Iterator[tuple[Segment, Segment, bool]]:
 
 
 def ranking(trees: list[RolloutTree]) -> Figures:
-    confidences: dict[bool, list[float]] = {True: [], False: []}
-    chosen = offered = 0
-    for tree in trees:
-        found = [(failed, recovered) for _, failed, recovered in forks(tree)]
-        for failed, recovered in found:
-            confidences[recovered].append(confidence(failed, slice(None)))  # from the opening tag to the turn's end
-        if found:
-            chosen += len(found)
-            offered += sum(leaf.uses_tool for leaf in tree.base_leaves())
-    yes, no = (np.array(confidences[recovered]) for recovered in (True, False))
-    less = (yes[:, None] < no[None]).mean() + 0.5 * (yes[:, None] == no[None]).mean()
-    return {"recovered_less_confident": float(less), "candidates_per_prefix": offered / chosen}
+    found = [
+        (of, confidence(failed, slice(None)), recovered)  # from the opening tag to the turn's end
+        for of, tree in enumerate(trees)
+        for _, failed, recovered in forks(tree)
+    ]
+    asked, confidences, recovered = map(np.array, zip(*found, strict=True))
+    yes, no = confidences[recovered][:, None], confidences[~recovered][None]
+    less = (yes < no) + 0.5 * (yes == no)
+    same = asked[recovered][:, None] == asked[~recovered][None]
+    return {
+        "recovered_less_confident": float(less.mean()),
+        "recovered_less_confident_of_one_question": float(less[same].mean()),
+        "candidates_per_prefix": sum(map(failed_calls, trees)) / len(found),
+    }
+
+
+def failed_calls(tree: RolloutTree) -> int:
+    """The rollouts of a question that might be resampled: those with a tool, where all of these are wrong."""
+    rewards = [reward for leaf, reward in scored(tree.base_leaves()) if leaf.uses_tool]
+    return 0 if any(reward > 0.5 for reward in rewards) else len(rewards)
 
 
 def one_group(trees: list[RolloutTree]) -> Figures:
@@ -110,7 +119,7 @@ def main() -> None:
                         figures[name][key].append(value)
     found = {name: {key: estimate(each) for key, each in of.items()} for name, of in figures.items()}
     seeds = {name: len(next(iter(of.values()))) for name, of in figures.items()}
-    given.results.write_text(as_text({"seeds": seeds, "intervals": METHOD, **found}, 3) + "\n", encoding="utf-8")
+    given.results.write_text(as_text({"seeds": seeds, "intervals": METHOD, **found}, 3), encoding="utf-8")
     print(json.dumps(found, indent=2))
 
 

@@ -12,7 +12,7 @@ from axpo.comparison.aggregate import as_text, summarise
 from axpo.comparison.grid import Grid, cells_of, load_grid
 from axpo.comparison.page import Heading, Paragraph, Picture, Table, to_html, to_markdown
 from axpo.comparison.paper import row_of
-from axpo.comparison.plots import curve, dynamic, plot_differences, plot_dynamics, plot_learning, smooth
+from axpo.comparison.plots import curve, dynamic, evaluated, plot_differences, plot_dynamics, plot_learning, smooth
 from axpo.comparison.report import beside_paper, verdict
 from axpo.config import load_config
 
@@ -160,6 +160,16 @@ def test_smoothing_and_gaps() -> None:
     assert smooth(values, 2)[0].tolist() == [1.0, 1.0, 3.0, 4.0]
     assert smooth(values, 2)[1].tolist()[:3] == [2.0, 3.0, 4.0]
     assert dynamic(RESULTS[0], "recovered") == [None, 0.5, 0.25, 1.0]
+
+
+def test_evaluations_that_not_all_seeds_have_are_left_out() -> None:
+    steps, values = evaluated(RESULTS, "axpo", "pass1")
+    assert steps.tolist() == [0, 2, 4]
+    assert values.tolist() == [[0.2, 0.125, 0.25], [0.2, 0.25, 0.5], [0.2, 0.375, 0.75]]
+    short = {**result("axpo", 4, 0.5), "evaluations": {}}
+    steps, values = evaluated([*RESULTS, result("sft", 4, 0.3), short], "axpo", "pass1")
+    assert steps.tolist() == [0, 4]
+    assert values[3].tolist() == [0.3, 0.5]
 
 
 def test_plots_of_whatever_there_is(tmp_path: Path) -> None:

@@ -140,12 +140,12 @@ def beside_paper(cells: Sequence[Cell], results: Sequence[Result]) -> list[Block
     ]
     axpo, grpo = found.get(paper.AXPO), found.get(paper.GRPO)
     rows = []
-    for first, second, theirs, title in (
-        (grpo, start, paper.GRPO_2B - paper.SFT_2B, "SFT+GRPO − SFT (2B)"),
-        (axpo, start, paper.AXPO_2B - paper.SFT_2B, "SFT+AXPO − SFT (2B)"),
+    for trained, theirs, title in (
+        (grpo, paper.GRPO_2B - paper.SFT_2B, "SFT+GRPO − SFT (2B)"),
+        (axpo, paper.AXPO_2B - paper.SFT_2B, "SFT+AXPO − SFT (2B)"),
     ):
-        if first is not None:
-            rows.append([title, *_compared(first, start if second is None else second, "pass1", theirs)])
+        if trained is not None:
+            rows.append([title, *_compared(trained, start, "pass1", theirs)])
     for title, reference, base in (("SFT+AXPO", paper.AXPO, axpo), ("SFT+GRPO", paper.GRPO, grpo)):
         against = paper.ROWS if reference is paper.AXPO else paper.RECIPES
         for row in against:

@@ -73,15 +73,15 @@ def write(folder: Path) -> None:
     ]
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (
-        ("unseen", [_row(problem.question) for problem in pictures]),
-        ("far", [_row(problem.question) for problem in sample_problems(COUNT, FAR_SEED, "far")]),
+        ("unseen", [row(problem.question) for problem in pictures]),
+        ("far", [row(problem.question) for problem in sample_problems(COUNT, FAR_SEED, "far")]),
         ("table", hits),
     ):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _row(question: Question) -> dict[str, object]:
-    """As `axpo.questions` reads it."""
+def row(question: Question) -> dict[str, object]:
+    """A question of one message as `axpo.questions` reads it from a file."""
     text = question.messages[0]["content"][-1]["text"]
     images = [base64.b64encode(image).decode() for image in question.images]
     about = {"id": question.id, "family": question.family}
