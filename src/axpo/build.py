@@ -169,7 +169,9 @@ def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat, ranks: Rank
     )
     try:
         return VllmEngine(model, chat, start, sleeps=config.device.startswith("cuda"))
-    except (ValueError, RuntimeError) as error:
+    except EngineError as error:
+        raise ConfigError(str(error)) from error
+    except (ValueError, RuntimeError, ImportError, AssertionError) as error:  # vLLM refuses with all of these
         key, said = refusal(error, config.device)
         raise ConfigError(f"{key}: vLLM does not start with it: {said}") from error
 
