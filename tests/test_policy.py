@@ -6,6 +6,7 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
@@ -16,6 +17,8 @@ from transformers import (
 
 from axpo.attention import TreeMask
 from axpo.chat import Chat
+from axpo.config import ConfigError
+from axpo.parallel import Ranks
 from axpo.policy import (
     PolicyError,
     banned_tokens,
@@ -23,7 +26,10 @@ from axpo.policy import (
     forward_logits,
     image_features,
     load_policy,
+    output_head,
     policy_logprobs,
+    same_weights,
+    start_fingerprint,
     update_forward,
     use_tree_attention,
     vocabulary_size,
@@ -237,6 +243,42 @@ def test_load_policy(tiny_model: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(PolicyError, match=r"holds no config\.json"):
         load_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tied", "lost", "said"),
+    [
+        (True, "model.visual.", r"lacks \d+ of the weights of Qwen3VLForConditionalGeneration: model.visual.*, …$"),
+        (False, "lm_head.weight", "lacks 1 of the weights of Qwen3VLForConditionalGeneration: lm_head.weight$"),
+        (True, "lm_head.weight", None),
+    ],
+)
+def test_weights_that_a_checkpoint_lacks_are_not_made_up(
+    tmp_path: Path, tiny_model: Any, tied: bool, lost: str, said: str | None
+) -> None:
+    tiny_model.config.tie_word_embeddings = tiny_model.config.text_config.tie_word_embeddings = tied
+    weights = {name: weight.clone() for name, weight in tiny_model.state_dict().items() if not name.startswith(lost)}
+    tiny_model.config.save_pretrained(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if said is None:
+        assert torch.equal(output_head(load_policy(tmp_path)).weight, output_head(tiny_model).weight)
+    else:
+        with pytest.raises(PolicyError, match=re.escape(str(tmp_path)) + " " + said):
+            load_policy(tmp_path)
+
+
+def test_processes_that_have_loaded_different_weights_do_not_train_together(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = start_fingerprint(tiny_model)
+    for factor in (1.0, 1.01):
+        ranks = Ranks(0, 2)
+        monkeypatch.setattr(ranks, "all", lambda value, factor=factor: [value, factor * value])
+        if factor == 1.0:
+            assert same_weights(start_fingerprint(tiny_model, ranks), own)
+        else:
+            with pytest.raises(ConfigError, match="process 1 of the training has loaded other weights than process 0"):
+                start_fingerprint(tiny_model, ranks)
 
 
 def test_weights_that_were_cut_off_are_named(tmp_path: Path, tiny_model: Qwen3VLForConditionalGeneration) -> None:

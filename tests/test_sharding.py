@@ -1,6 +1,9 @@
 """Weights that two real processes share, which gloo connects."""
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from processes import (
 )
 from safetensors.torch import load_file
 
+from axpo.launch import TOLD, free_port
 from axpo.miniature.base import SFT
 from axpo.run import TRAINING_STATE
 
@@ -76,3 +80,39 @@ def test_fine_tuning_that_is_interrupted_leaves_what_was_learnt(tmp_path: Path) 
     assert (process.returncode, errors.splitlines()) == (130, [f"interrupted: the run so far is in {run}"])
     before, after = load_file(SFT / "model.safetensors"), weights(run)
     assert max((after[name] - before[name]).abs().max() for name in before) > 1e-5
+
+
+FAILING = """
+import sys
+from axpo import build, trainer
+from axpo.config import load_config
+from axpo.miniature.base import SFT
+from axpo.parallel import joined
+
+def fail(*_, **__):
+    raise MemoryError("no memory left")
+
+config = load_config(None, ["model=miniature_sft", "parallel.processes=2", "parallel.sharding=full", "threads=1"])
+with joined(config) as ranks:
+    chat, model = build.load_chat(config), build.load_model(config)
+    engine = build.make_engine(config, model, chat, ranks=ranks)
+    agent = build.training_agent(config, engine, chat, build.load_toolbox(config, chat))
+    if not ranks.main:
+        setattr(trainer, sys.argv[1], fail)
+    made = trainer.Trainer(config, agent, model, [], ranks)
+    made.restore({"start": made.start}, SFT)
+"""
+
+
+@pytest.mark.parametrize("part", ["Optimizer", "restore_weights"])
+def test_an_error_of_one_process_before_weights_are_gathered_is_told(part: str) -> None:
+    """The others are about to gather them, for which they would wait, or crash."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FAILING, part]
+    both = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | place | {"RANK": rank})
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert "RankError: process 1 of the training has failed: MemoryError: no memory left" in said[0]
+    assert [process.returncode for process in both] == [1, TOLD], said[1]

@@ -4,17 +4,19 @@ import asyncio
 import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from axpo import build, workflow
 from axpo.config import load_config
 from axpo.diagnostics.alarms import AlarmStop
-from axpo.run import Run
+from axpo.parallel import Ranks
+from axpo.run import FollowedRun, Run
 from axpo.tree import RolloutTree
 from axpo.workflow import run_training
 
+T = TypeVar("T")
 FIGURES: dict[str, Any] = {"tool_use": 0.4, "one_outcome": 0.5, "void": 0, "rollouts": 8, "mismatch_mean": 0.0}
 
 
@@ -34,11 +36,25 @@ class Saving(Run):
         return self.folder
 
 
+class Following(FollowedRun):
+    """The run folder of another rank, without its part in a checkpoint."""
+
+    def save_checkpoint(self, *_: object, **__: object) -> Path:
+        return self.folder
+
+
+class Second(Ranks):
+    """Rank 1 of two, as which the other says the same, and of the main rank's values nothing."""
+
+    def all(self, value: T) -> list[T]:
+        return [{} if value is None else value, value]  # type: ignore[list-item]
+
+
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Trains through steps in which so many of 8 rollouts are void; returns the run."""
 
-    def run(void: list[int], *overrides: str) -> Saving:
+    def run(void: list[int], *overrides: str, follows: bool = False) -> Saving:
         class Told:
             done = 0
 
@@ -63,6 +79,11 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         folder = Saving(config)
         data: Any = build.Data([], None)
         nothing: Any = None
+        if follows:
+            (folder.folder / "metrics.jsonl").write_text('{"stage": "eval", "of": "st')  # another is rewinding it
+            own = Following(folder.folder)
+            asyncio.run(run_training(config, own, Silent(), nothing, nothing, nothing, data, ranks=Second(1, 2)))
+            return folder
         try:
             asyncio.run(run_training(config, folder, Silent(), nothing, nothing, nothing, data))
         finally:
@@ -87,3 +108,8 @@ def test_an_alarm_ends_the_run_where_that_is_asked_for(train: Any, tmp_path: Pat
     with pytest.raises(AlarmStop, match=r"^stopped after step 2 by alarms.stop \(void\)$"):
         train([0, 4, 4], "alarms.stop=true")
     assert logged(tmp_path / "run") == [[], ["void"]]
+
+
+def test_only_the_main_rank_reads_the_metrics_that_it_rewinds(train: Any, tmp_path: Path):
+    train([0], follows=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"stage": "eval", "of": "st'

@@ -152,6 +152,8 @@ def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat, ranks: Rank
             return VllmServers(model, chat, config.vllm.servers, ranks)
         except EngineError as error:
             raise ConfigError(str(error)) from error
+        except ImportError as error:  # of vLLM, by which requests and weights are packed
+            raise ConfigError(f"engine.name: vLLM cannot be imported: {error}") from error
     dtype = "bfloat16" if config.train.autocast else config.dtype
     start = partial(
         start_vllm,
@@ -169,7 +171,9 @@ def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat, ranks: Rank
     )
     try:
         return VllmEngine(model, chat, start, sleeps=config.device.startswith("cuda"))
-    except (ValueError, RuntimeError) as error:
+    except EngineError as error:
+        raise ConfigError(str(error)) from error
+    except (ValueError, RuntimeError, ImportError, AssertionError) as error:  # vLLM refuses with all of these
         key, said = refusal(error, config.device)
         raise ConfigError(f"{key}: vLLM does not start with it: {said}") from error
 

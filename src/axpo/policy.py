@@ -23,6 +23,8 @@ from axpo.adapters import FOLDER as ADAPTER
 from axpo.adapters import adapted_layers, load_adapters, merged
 from axpo.attention import TreeMask
 from axpo.chat import Chat
+from axpo.config import ConfigError
+from axpo.parallel import ALONE, Ranks
 from axpo.sharding import gather_outer, set_weight, whole
 
 
@@ -46,16 +48,21 @@ class ImageFeatures:
 def load_policy(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
     """Load a checkpoint in evaluation mode: a vision-language model where its config has a vision part.
 
-    Raises PolicyError where `path` is not a checkpoint.
+    Raises PolicyError where `path` is not a checkpoint, or lacks weights of its architecture.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise PolicyError(f"{path} is not a checkpoint: it holds no config.json")
     try:
         sees = getattr(AutoConfig.from_pretrained(path), "vision_config", None) is not None
         family = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model: PreTrainedModel = family.from_pretrained(path, dtype=dtype)
+        opened: Any = family.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise PolicyError(f"{path} is not a checkpoint that can be opened: {error}") from error
+    model: PreTrainedModel
+    model, loaded = opened
+    if missing := sorted(loaded["missing_keys"]):  # each would be drawn at random, in each process another
+        named = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise PolicyError(f"{path} lacks {len(missing)} of the weights of {type(model).__name__}: {named}")
     use_tree_attention(model)
     return model.to(device).eval()  # type: ignore[arg-type, no-any-return]
 
@@ -107,6 +114,24 @@ def freeze_vision(model: PreTrainedModel) -> None:
         tower.requires_grad_(False)
     elif getattr(model.config, "vision_config", None) is not None:
         raise PolicyError(f"train.vision: cannot be false for {type(model).__name__}, whose vision tower is not known")
+
+
+def start_fingerprint(model: PreTrainedModel, ranks: Ranks = ALONE) -> Tensor:
+    """Enough to tell weights apart: the sum of each parameter, (n,) in float64 on the CPU. They are whole.
+
+    Raises ConfigError where processes that are to train together hold different ones.
+    """
+    own = torch.stack([p.detach().sum(dtype=torch.float64) for p in model.parameters()]).cpu()
+    first, *others = ranks.all(own)
+    for rank, other in enumerate(others, 1):
+        if not same_weights(first, other):
+            raise ConfigError(f"model: process {rank} of the training has loaded other weights than process 0")
+    return own
+
+
+def same_weights(one: Tensor, other: Tensor) -> bool:
+    """Whether two of `start_fingerprint` are of the same weights, up to what a sum is rounded by."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-6)
 
 
 def policy_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ from axpo.minibatch import apply, minibatches
 from axpo.optimizer import Optimizer
 from axpo.packing import pack_logprobs
 from axpo.parallel import ALONE, Ranks, computing
-from axpo.policy import banned_tokens, update_forward
+from axpo.policy import banned_tokens, start_fingerprint, update_forward
 from axpo.questions import DataError, Trajectory
 from axpo.sharding import shard
 from axpo.tree import Credit, Kind, RolloutTree, Segment
@@ -52,11 +52,13 @@ def sft_steps(
     """Train on the credited tokens of the trees; yields the figures of each step as it is done.
 
     The loss is the mean negative log-likelihood over the tokens of a batch. Of several processes (`ranks`) each has all
-    the trees, and learns from its share of every batch. Raises DataError where there are no trees.
+    the trees, and learns from its share of every batch. Raises DataError where there are no trees, and ConfigError
+    where the processes start from different weights.
     """
     if not trees:
         raise DataError("there is no trajectory to learn from")
     options, shared = config.sft, config.parallel.sharding == "full"
+    start_fingerprint(model, ranks)
     if shared:
         with ranks.bound():
             shard(model)

@@ -26,7 +26,14 @@ from axpo.minibatch import Minibatch, apply, minibatches
 from axpo.optimizer import Optimizer
 from axpo.packing import Pack, PackInputs, forward_logprobs, pack_logprobs
 from axpo.parallel import ALONE, Ranks, computing, in_order
-from axpo.policy import PolicyError, banned_tokens, restore_weights, update_forward
+from axpo.policy import (
+    PolicyError,
+    banned_tokens,
+    restore_weights,
+    same_weights,
+    start_fingerprint,
+    update_forward,
+)
 from axpo.questions import Question
 from axpo.reference import Reference
 from axpo.sharding import scatter, shard
@@ -63,8 +70,7 @@ class Trainer:
         parallel, train = config.parallel, config.train
         self.shared = parallel.sharding == "full"
         self.reference = Reference(model, parallel.offload, self.shared) if config.method.kl > 0 else None
-        # Enough to tell weights apart: the sum of each parameter of the policy that training starts from.
-        self.start = torch.stack([p.detach().sum(dtype=torch.float64) for p in model.parameters()]).cpu()
+        self.start = start_fingerprint(model, ranks)
         self.banned = banned_tokens(agent.chat, self.model)
         if self.shared:
             shard(model)
@@ -76,7 +82,8 @@ class Trainer:
             train.grad_clip,
             offload=parallel.offload,
         )
-        agent.engine.update_weights()
+        with self.together():
+            agent.engine.update_weights()
 
     async def step(self, number: int) -> tuple[list[RolloutTree], Figures]:
         """One training step (AXPO.md, section 3); `number` counts from 0.
@@ -135,12 +142,13 @@ class Trainer:
 
         Raises PolicyError where the policy that this trainer was made with is not the one that training started from.
         """
-        if state["start"].shape != self.start.shape or not torch.allclose(state["start"], self.start, rtol=1e-6):
+        if not same_weights(state["start"], self.start):
             raise PolicyError("model: holds other weights than those that the run started from, which it still needs")
         self.agent.engine.sleep()
         scatter(self.model)
         restore_weights(self.model, checkpoint)
-        self.agent.engine.update_weights()
+        with self.together():
+            self.agent.engine.update_weights()
         self.done, self.kept = state["steps"], state["kept"]
         self.optimizer.restore(state["optimizer"])
         restore_random_state(state["random"][self.ranks.rank])

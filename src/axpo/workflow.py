@@ -73,7 +73,7 @@ async def run_training(
     if config.preflight and done < steps:
         await preflight(trainer, run.folder)
     run.rewind(name, done)
-    evaluated = ranks.of_main(run.evaluations())
+    evaluated = ranks.of_main(run.evaluations() if ranks.main else {})  # whose lines that one has just rewound
 
     async def evaluate_as(called: str) -> dict[str, Any]:
         return await run_evaluation(config, run, progress, engine, chat, toolbox, data.eval or [], called, ranks)

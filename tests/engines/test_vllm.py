@@ -2,7 +2,13 @@
 
 import importlib.metadata
 import importlib.util
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +20,8 @@ from asking import PICTURES, TOOL, longer, noise, request
 from axpo import build
 from axpo.chat import Chat
 from axpo.config import ConfigError, load_config
-from axpo.engines import vllm_servers
-from axpo.engines.base import Counters, Finish, Sampling
+from axpo.engines import vllm_requests, vllm_servers, vllm_transfer
+from axpo.engines.base import Counters, EngineError, Finish, Sampling
 from axpo.engines.vllm_requests import generation, image_hash, placeholders, sampling_options
 from axpo.engines.vllm_start import refusal
 from axpo.engines.vllm_transfer import Transfer
@@ -154,11 +160,98 @@ def test_a_refusal_names_the_key_that_mends_it() -> None:
         "rollout.max_context": "User-specified max_model_len (9000) is greater than the derived max_model_len",
         "model": "Model architectures ['GPT9'] are not supported\n for now.",
     }
+    profiling = "Error in memory profiling. Initial free memory 60.1 GiB, current free memory 61.0 GiB."
+    assert refusal(AssertionError(profiling), "cuda") == ("vllm.memory", profiling)
+    assert refusal(AssertionError(), "cuda") == ("model", "AssertionError")
     for key, said in words.items():
         found, line = refusal(ValueError(said), "cuda")
         assert found == key
         assert line == " ".join(said.split())
     assert refusal(ValueError(words["vllm.memory"]), "cpu")[0] == "engine.kv_memory"
+
+
+@pytest.mark.parametrize("error", [ImportError("libcudart.so.13: cannot open"), AssertionError("amid profiling")])
+def test_whatever_vllm_refuses_with_is_told_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Any, chat: Chat, error: Exception
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(build, "start_vllm", refuse)
+    with pytest.raises(ConfigError, match=f"^(engine.name|model): vLLM does not start with it: {error}"):
+        build.make_engine(load_config(None, ["engine.name=vllm"]), tiny_model, chat)
+
+
+def test_vllm_lives_in_this_process_whatever_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Any, chat: Chat
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    monkeypatch.setitem(sys.modules, "vllm", None)  # a wheel that cannot be imported
+    with pytest.raises(ConfigError, match=r"^engine.name: vLLM does not start with it: .*vllm"):
+        build.make_engine(load_config(None, ["engine.name=vllm"]), tiny_model, chat)
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+@pytest.mark.parametrize("given", [[], ["vllm.servers=[http://127.0.0.1:9]"]])
+def test_more_banned_ids_than_vllm_takes_are_told(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Any, chat: Chat, given: list[str]
+) -> None:
+    monkeypatch.setattr(vllm_requests, "MOST_BANNED", 5)
+    with pytest.raises(ConfigError, match=r"^model: \d+ ids must be banned, most of them padding .* vLLM bans 5$"):
+        build.make_engine(load_config(None, ["engine.name=vllm", *given]), tiny_model, chat)
+
+
+@pytest.fixture
+def holding() -> Iterator[tuple[str, list[str]]]:
+    """A server that still holds what it computed when it is first asked to forget it; and what it was asked."""
+    asked: list[str] = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.path)
+            body = json.dumps({"success": asked.count(self.path) > 1}).encode() if "prefix" in self.path else b""
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_a_server_forgets_what_it_computed_with_the_old_weights(
+    holding: tuple[str, list[str]], tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, asked = holding
+    Transfer(tiny_model, [url]).send()
+    caches = [f"/reset_{cache}_cache" for cache in ("prefix", "prefix", "encoder", "mm")]
+    assert asked == ["/collective_rpc", *caches]
+    asked.clear()
+    monkeypatch.setattr(vllm_transfer, "_HELD", -1.0)
+    with pytest.raises(EngineError, match=f"vllm.servers: {url} keeps keys and values of the old weights"):
+        Transfer(tiny_model, [url]).send()
+
+
+def test_a_vllm_that_cannot_be_imported_is_told_with_servers_too(
+    holding: tuple[str, list[str]], tiny_model: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match=r"^engine.name: vLLM cannot be imported: .*vllm"):
+        build.make_engine(load_config(None, ["engine.name=vllm", f"vllm.servers=[{holding[0]}]"]), tiny_model, chat)
+
+
+def test_a_transfer_that_fails_is_told(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    monkeypatch.setattr(vllm_transfer, "policy_weights", fail)
+    with pytest.raises(EngineError, match=r"vllm.servers: the weights did not arrive: RuntimeError: NCCL error"):
+        Transfer(tiny_model, ["http://127.0.0.1:9"]).send()
 
 
 def test_a_server_that_does_not_answer_is_named_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +262,11 @@ def test_a_server_that_does_not_answer_is_named_before_anything_is_loaded(monkey
     assert said.startswith("vllm.servers: got 'http://127.0.0.1:9', but no vLLM server answers there")
 
 
+def sampled(logprob: float) -> dict[str, Any]:
+    """The answer of a server to a request for one token."""
+    return {"choices": [{"token_ids": [1], "logprobs": {"content": [{"logprob": logprob}]}}]}
+
+
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
@@ -176,6 +274,9 @@ def test_a_server_that_does_not_answer_is_named_before_anything_is_loaded(monkey
         ({"/v1/models": {"data": [{"max_model_len": 99}]}}, "it serves 99 tokens, but rollout.max_context is 100"),
         ({"/inference/v1/generate": 403}, "it takes no token ids or no weights; it must be started as: VLLM_SERVER"),
         ({"/weight_info": 404}, "it takes no token ids or no weights"),
+        ({"/inference/v1/generate": sampled(-3.2)}, "its log-probs are not those of what it samples from; it must be"),
+        ({"/inference/v1/generate": 500}, "it answers 500 where a token is asked for"),
+        ({"/inference/v1/generate": {"choices": []}}, "it answers 200 where a token is asked for"),
         ({"/version": {"no": "vllm"}}, "no vLLM server answers there"),
         ({}, None),
     ],
@@ -186,7 +287,7 @@ def test_what_a_server_lacks_is_told(
     told: dict[str, Any] = {
         "/version": {"version": "0.32.0"},
         "/v1/models": {"data": [{"max_model_len": 100}]},
-        "/inference/v1/generate": 400,
+        "/inference/v1/generate": sampled(-1e-6),
         "/weight_info": {},
         **answers,
     }

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from axpo.chat import Chat
-from axpo.engines.base import Finish, Generation, Request, Sampling
+from axpo.engines.base import EngineError, Finish, Generation, Request, Sampling
 from axpo.engines.sampling import check_sampling
 from axpo.options_size import VLLM_TEMPERATURES
 from axpo.policy import banned_tokens
@@ -31,10 +31,12 @@ class Placeholders:
 
 
 def banned_ids(chat: Chat, model: PreTrainedModel) -> list[int]:
-    """What the policy can never write. Raises ValueError where vLLM cannot ban so many."""
+    """What the policy can never write. Raises EngineError where vLLM cannot ban so many."""
     banned: list[int] = banned_tokens(chat, model).tolist()
     if len(banned) > MOST_BANNED:
-        raise ValueError(f"{len(banned)} ids must be banned, most of them padding of the vocabulary, of {MOST_BANNED}")
+        raise EngineError(
+            f"model: {len(banned)} ids must be banned, most of them padding of the vocabulary; vLLM bans {MOST_BANNED}"
+        )
     return banned
 
 

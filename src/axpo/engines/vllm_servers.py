@@ -31,11 +31,17 @@ from axpo.policy import vocabulary_size
 from axpo.sharding import gather, scatter
 
 _CONNECT = 10.0  # seconds; an answer may take as long as it takes
+_FIRST = 120.0  # but that to one token: others may be asked for at the same time
 COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --enable-prompt-tokens-details "
     "--logprobs-mode processed_logprobs --generation-config vllm --no-mm-device-do-normalize "
     """--weight-transfer-config '{"backend": "nccl"}'"""
 )
+# A token that a bias makes certain: only processed log-probs say so.
+_SURE = {
+    "token_ids": [1],
+    "sampling_params": {"temperature": 1.0, "max_tokens": 1, "logprobs": 0, "logit_bias": {"1": 100.0}},
+}
 
 
 def server_problem(url: str, context: int) -> str | None:
@@ -45,7 +51,7 @@ def server_problem(url: str, context: int) -> str | None:
             version = str(client.get("/version").raise_for_status().json()["version"])
             (model, *_) = client.get("/v1/models").raise_for_status().json()["data"]
             served = int(model["max_model_len"])
-            token = client.post("/inference/v1/generate", json={})
+            token = client.post("/inference/v1/generate", json=_SURE, timeout=_FIRST)
             weights = client.get("/weight_info")
     except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError) as error:
         return f"no vLLM server answers there ({type(error).__name__}: {error})"
@@ -55,6 +61,13 @@ def server_problem(url: str, context: int) -> str | None:
         return f"it serves {served} tokens, but rollout.max_context is {context}; --max-model-len sets it"
     if token.status_code in (403, 404) or weights.status_code == 404:
         return f"it takes no token ids or no weights; it must be started as: {COMMAND}"
+    try:
+        (sampled,) = token.raise_for_status().json()["choices"][0]["logprobs"]["content"]
+        processed = abs(sampled["logprob"]) < 1e-3
+    except (httpx.HTTPError, LookupError, TypeError, ValueError):
+        return f"it answers {token.status_code} where a token is asked for: {token.text[:500]}"
+    if not processed:
+        return f"its log-probs are not those of what it samples from; it must be started as: {COMMAND}"
     return None
 
 

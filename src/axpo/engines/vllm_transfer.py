@@ -6,6 +6,7 @@ folder, from which servers of this machine reload.
 
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from axpo.launch import free_port
 from axpo.policy import policy_weights
 
 _TIMEOUT = 600.0  # seconds for a server to take all weights
+_HELD = 10.0  # seconds in which requests that were given up let go of their keys and values
 
 
 class Transfer:
@@ -35,6 +37,7 @@ class Transfer:
         """Raises EngineError, naming the server, where one does not take the weights."""
         try:
             if self._model.device.type == "cuda":
+                torch.cuda.synchronize(self._model.device)  # vLLM copies on streams of its own
                 if self._by_nccl is None:
                     self._by_nccl = [_nccl(self._model, url) for url in self._urls]
                 for way in self._by_nccl:
@@ -42,10 +45,12 @@ class Transfer:
             else:
                 self._through_a_folder()
             for url in self._urls:
-                for cache in ("prefix", "encoder", "mm"):
-                    _post(url, f"/reset_{cache}_cache")
-        except (OSError, httpx.HTTPError, KeyError) as error:  # also of requests, which vLLM's client uses
-            raise EngineError(f"vllm.servers: the weights did not arrive: {error}") from error
+                _forget(url)
+        except EngineError:
+            raise
+        except (OSError, httpx.HTTPError, KeyError, RuntimeError, ValueError) as error:
+            # Of requests, which vLLM's client uses, and of NCCL and the store by which it is joined, too.
+            raise EngineError(f"vllm.servers: the weights did not arrive: {type(error).__name__}: {error}") from error
 
     def _through_a_folder(self) -> None:
         with tempfile.TemporaryDirectory(prefix="axpo-weights-") as folder:
@@ -55,13 +60,25 @@ class Transfer:
                 _post(url, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
 
 
-def _post(url: str, path: str, body: dict[str, Any] | None = None) -> None:
+def _forget(url: str) -> None:
+    """Drop what a server has computed with the old weights, once no request holds it any more."""
+    deadline = time.monotonic() + _HELD
+    while not _post(url, "/reset_prefix_cache").json().get("success", True):
+        if time.monotonic() > deadline:
+            raise EngineError(f"vllm.servers: {url} keeps keys and values of the old weights: do others use it too?")
+        time.sleep(0.1)
+    for cache in ("encoder", "mm"):
+        _post(url, f"/reset_{cache}_cache")
+
+
+def _post(url: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
     try:
         response = httpx.post(f"{url}{path}", json=body, timeout=_TIMEOUT)
     except httpx.HTTPError as error:
         raise EngineError(f"vllm.servers: {url} failed: {type(error).__name__}: {error}") from error
     if response.status_code != 200:
         raise EngineError(f"vllm.servers: {url}{path} answers {response.status_code}: {response.text[:500]}")
+    return response
 
 
 def _nccl(model: PreTrainedModel, url: str) -> Any:
