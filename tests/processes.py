@@ -40,14 +40,15 @@ OF_THE_MINIATURE: dict[str, Any] = {
 }
 CONFIG: dict[str, Any] = {
     **OF_THE_MINIATURE,
+    "seed": 1,  # with which no token is drawn so near to another that rounding decides between them
     "rollout": {"questions": 6, "rollouts": 3, "max_tokens": 40, "max_turns": 1, "max_context": 800},
     "method": {"budget": 0.5, "continuations": 2},  # fewer prefixes than there are candidates
-    "train": {  # a minibatch holds three questions, a pack one: the ranks do not compute equally many
+    "train": {  # a minibatch holds three questions, a pack at most one: the ranks do not compute equally many
         "steps": 2,
         "warmup_steps": 0,
         "learning_rate": 5e-6,
         "minibatches": 2,
-        "pack_tokens": 1,
+        "pack_tokens": 500,  # of which some are cut
         "save_every": 1,
     },
     "eval": {"samples": 1},

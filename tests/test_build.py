@@ -8,6 +8,7 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
+import torch.distributed as dist
 
 from axpo import build
 from axpo.chat import ChatError
@@ -117,6 +118,29 @@ def test_tools_are_those_that_are_named_over_the_given_corpus(tmp_path: Path):
     found = asyncio.run(toolbox.call("search", {"query": "zebra"}, Conversation())).text
     assert "Oz" in found
     assert found.count("lives in") == 2
+
+
+def test_tools_that_are_only_described_need_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TAVILY_API_KEY", raising=False)
+    names = ["tools.names=[zoom, python, search]", "tools.sandbox={remote: http://localhost:9}"]
+    given = config(*names, "tools.search=tavily", "eval.tools=[image_search]", "tools.image_search={url: nowhere}")
+    chat = build.load_chat(given)
+    with pytest.raises(ToolError):
+        build.load_toolbox(given, chat)
+    there = config(names[0], "tools.sandbox=none_i_trust_the_policy", "tools.corpus=miniature")
+    expected = build.load_toolbox(there, chat).schemas
+    assert build.load_toolbox(given, chat, described=True).schemas == expected
+
+
+def test_the_processes_share_the_rate_of_searches(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TAVILY_API_KEY", "key")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    given = config("tools.names=[search]", "tools.search=tavily", "tools.search_rate=4")
+    rates: list[float | None] = []
+    monkeypatch.setattr("axpo.tools.providers.tavily", lambda limits, cache: rates.append(limits.rate) or None)
+    build.load_toolbox(given, build.load_chat(given))
+    assert rates == [0.5]
 
 
 def test_a_tool_file_that_raises_is_named_with_its_line(tmp_path: Path):

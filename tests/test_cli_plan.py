@@ -2,13 +2,17 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from commands import axpo, mistake, succeed
 from plan.published import CONFIGS, write_checkpoint
 
+from axpo.cli_plan import check_fit
 from axpo.cli_shared import QUICKSTART
-from axpo.plan.memory import PARTS
+from axpo.config import ConfigError, load_config
+from axpo.plan.memory import GIB, PARTS
 
 
 @pytest.fixture
@@ -61,6 +65,25 @@ def test_what_cannot_fit_ends_with_1_and_names_the_knob(model: str):
     assert "together" in result.stdout  # the tables come first
     fitting = ("train.gradient_checkpointing=true", "--gpu-memory", 60)
     succeed("plan", QUICKSTART, model, "dtype=bfloat16", "max_pixels=262144", *fitting)
+
+
+def test_what_cannot_fit_is_refused_before_a_run_begins(model: str, monkeypatch: pytest.MonkeyPatch):
+    given = [model, "dtype=bfloat16", "max_pixels=262144", "device=cuda", "data.sft=miniature"]
+
+    def check(memory: int, *overrides: str, tuning: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory * GIB))
+        check_fit(load_config(QUICKSTART, [*given, *overrides]), tuning)
+
+    with pytest.raises(
+        ConfigError, match=r"it does not fit: .* of its 20\.0 GiB can be used; it fits with (.|\n)*plan"
+    ):
+        check(20)
+    check(300)
+    check(20, "preflight=false")
+    check(20, "device=cpu")
+    check(100, tuning=True)
+    with pytest.raises(ConfigError, match="it does not fit"):
+        check(40, tuning=True)
 
 
 def test_mistakes(model: str, tmp_path: Path):

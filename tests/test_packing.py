@@ -76,19 +76,24 @@ def row_logprobs(
     return logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
 
 
-def test_packed_tree_equals_rows_in_loss_and_gradients(chat: Chat, make_model: Callable) -> None:
+@pytest.mark.parametrize(("limit", "count"), [(10_000, 1), (110, 4), (1, 8)])
+def test_packed_tree_equals_rows_in_loss_and_gradients(
+    chat: Chat, make_model: Callable, limit: int, count: int
+) -> None:
+    """Whole, and cut between rollouts."""
     model = make_model().double()
     banned = banned_tokens(chat, model)
     trees = [forked_tree(chat, seed) for seed in (0, 10)]
     for tree in trees:
         credit_axpo(tree)
-    packs = pack_trees(trees, chat, token_limit=10_000)
-    assert len(packs) == 1
+    packs = pack_trees(trees, chat, limit)
+    assert len(packs) == count
 
-    pack = packs[0]
-    logprobs = pack_logprobs(model, pack, chat, banned)
-    weights = token_weights(pack.stream_tokens, rollouts=6, total_tokens=0)
-    loss = policy_loss(logprobs, pack.old_logprobs, None, pack.advantages, weights)
+    loss = torch.zeros((), dtype=torch.float64)
+    for pack in packs:
+        logprobs = pack_logprobs(model, pack, chat, banned)
+        weights = token_weights(pack.stream_tokens, rollouts=6, total_tokens=0)
+        loss += policy_loss(logprobs, pack.old_logprobs, None, pack.advantages, weights)
     loss.backward()
     packed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -169,15 +174,19 @@ def test_neighbours_in_a_pack_do_not_change_logprobs(chat: Chat, make_model: Cal
     torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
 
 
-def test_a_large_tree_is_packed_alone(chat: Chat) -> None:
-    trees = [forked_tree(chat, seed) for seed in range(3)]
-    for tree in trees:
-        credit_axpo(tree)
-    packs = pack_trees(trees, chat, token_limit=10)
-    assert [len(pack.ids) for pack in packs] == [sum(map(len, tree.segments())) - 5 for tree in trees]
+def test_a_large_tree_is_cut_between_rollouts_and_each_token_trained_once(chat: Chat) -> None:
+    tree = forked_tree(chat, 0)
+    credit_axpo(tree)
+    lengths = [sum(map(len, leaf.path())) for leaf in tree.leaves() if leaf.credits]
+    assert sorted(len(pack.ids) for pack in pack_trees([tree], chat, 1)) == sorted(lengths)
+    trained = sum(len(segment) * len(segment.credits) for segment in tree.segments())
+    for limit in range(max(lengths), 2 * sum(lengths), 10):
+        packs = pack_trees([tree], chat, limit)
+        assert max(len(pack.ids) for pack in packs) <= limit
+        assert sum(len(pack.targets) for pack in packs) == trained
 
 
-def test_no_pack_passes_the_limit_but_for_a_tree_that_does_alone(chat: Chat) -> None:
+def test_no_pack_passes_the_limit_but_for_a_rollout_that_does_alone(chat: Chat) -> None:
     rng = np.random.default_rng(0)
     trees = []
     for size in (97, 37, 47, 20):

@@ -11,7 +11,7 @@ from axpo.options_size import ParallelConfig
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
 from axpo.questions import DataError, Question, Trajectory, Turn
-from axpo.sft import imitate, sft_steps, trajectory_tree
+from axpo.sft import check_lengths, imitate, sft_steps, trajectory_tree
 from axpo.tree import Kind
 
 QUESTION = Question("q", [{"role": "user", "content": "What is 2 + 3?"}], (), "5")
@@ -33,6 +33,18 @@ def test_a_trajectory_is_the_tree_that_the_policy_would_have_grown(chat: Chat) -
 def test_a_turn_that_no_policy_may_write_is_refused(chat: Chat) -> None:
     with pytest.raises(ChatError, match="image_pad"):
         trajectory_tree(Trajectory(QUESTION, (Turn("assistant", "<|image_pad|>"),)), chat, [])
+
+
+def test_trajectories_that_are_too_long_are_counted_and_the_longest_is_named(chat: Chat) -> None:
+    trees = []
+    for number in range(4):
+        turns = (Turn("assistant", f"{'Hm. ' * number}\n</think>\n\n<answer>5</answer>"),)
+        trees.append(trajectory_tree(Trajectory(Question(f"q{number}", QUESTION.messages, (), "5"), turns), chat, []))
+    lengths = [sum(map(len, tree.segments())) for tree in trees]
+    check_lengths(trees, lengths[3])
+    told = rf"rollout\.max_context: got {lengths[1]}, but 2 of 4 .* the longest, q3, has {lengths[3]} tokens"
+    with pytest.raises(DataError, match=told):
+        check_lengths(trees, lengths[1])
 
 
 def test_only_the_policys_tokens_of_the_chosen_rollouts_are_trained(chat: Chat) -> None:

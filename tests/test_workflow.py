@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -14,7 +16,7 @@ from axpo.diagnostics.alarms import AlarmStop
 from axpo.parallel import Ranks
 from axpo.run import FollowedRun, Run
 from axpo.tree import RolloutTree
-from axpo.workflow import run_training
+from axpo.workflow import run_sft, run_training
 
 T = TypeVar("T")
 FIGURES: dict[str, Any] = {"tool_use": 0.4, "one_outcome": 0.5, "void": 0, "rollouts": 8, "mismatch_mean": 0.0}
@@ -71,8 +73,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 return [RolloutTree("q", [1])], {"step": number + 1, **FIGURES, "void": void[number]}
 
         monkeypatch.setattr(workflow, "Trainer", Told)
-        for name in ("make_engine", "training_agent"):
-            monkeypatch.setattr(build, name, lambda *_, **__: None)
+        monkeypatch.setattr(build, "training_agent", lambda *_: None)
         config = load_config(
             None, [f"output={tmp_path}/run", f"train.steps={len(void)}", "eval.every=0", "preflight=false", *overrides]
         )
@@ -82,10 +83,12 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         if follows:
             (folder.folder / "metrics.jsonl").write_text('{"stage": "eval", "of": "st')  # another is rewinding it
             own = Following(folder.folder)
-            asyncio.run(run_training(config, own, Silent(), nothing, nothing, nothing, data, ranks=Second(1, 2)))
+            engine: Any = SimpleNamespace(sleep=lambda: None)
+            asyncio.run(run_training(config, own, Silent(), nothing, nothing, nothing, data, engine, Second(1, 2)))
             return folder
         try:
-            asyncio.run(run_training(config, folder, Silent(), nothing, nothing, nothing, data))
+            engine: Any = SimpleNamespace(sleep=lambda: None)
+            asyncio.run(run_training(config, folder, Silent(), nothing, nothing, nothing, data, engine))
         finally:
             assert folder.saved == 1
         return folder
@@ -113,3 +116,44 @@ def test_an_alarm_ends_the_run_where_that_is_asked_for(train: Any, tmp_path: Pat
 def test_only_the_main_rank_reads_the_metrics_that_it_rewinds(train: Any, tmp_path: Path):
     train([0], follows=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"stage": "eval", "of": "st'
+
+
+def test_the_engine_sleeps_while_the_reference_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A GPU need not hold what vLLM takes beside two whole policies."""
+    done: list[str] = []
+
+    def trainer(*_: object) -> None:
+        done.append("trainer")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workflow, "Trainer", trainer)
+    monkeypatch.setattr(build, "training_agent", lambda *_: None)
+    config = load_config(None, [f"output={tmp_path}/run"])
+    nothing: Any = None
+    engine: Any = SimpleNamespace(sleep=lambda: done.append("sleep"))
+    told = run_training(config, nothing, Silent(), nothing, nothing, nothing, build.Data([], None), engine)
+    with pytest.raises(KeyboardInterrupt):
+        told.send(None)
+    assert done == ["sleep", "trainer"]
+
+
+@pytest.mark.parametrize(("every", "lost", "saved"), [(2, True, 2), (0, True, 0), (2, False, 3), (5, False, 1)])
+def test_fine_tuning_saves_as_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, lost: bool, saved: int
+):
+    """After an error amid what ranks compute together the last checkpoint is what is left."""
+    ranks = Ranks()
+
+    def steps(*_: object) -> Iterator[dict[str, int]]:
+        yield from ({"step": number} for number in range(1, 6))
+        if lost:
+            ranks.lost = True
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(workflow, "sft_steps", steps)
+    config = load_config(None, [f"output={tmp_path}/run", "sft.steps=5", f"sft.save_every={every}"])
+    folder, nothing = Saving(config, "sft"), None
+    tuning = run_sft(config, folder, Silent(), nothing, nothing, [], ranks=ranks)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="out of memory") if lost else nullcontext():
+        asyncio.run(tuning)
+    assert folder.saved == saved

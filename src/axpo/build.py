@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from axpo.adapters import add_adapters
@@ -25,7 +26,7 @@ from axpo.policy import freeze_vision, load_policy
 from axpo.questions import Question, Trajectory, load_questions, load_trajectories
 from axpo.rewards.critique import critic
 from axpo.tools.base import Toolbox
-from axpo.tools.built_in import Documents, built_in
+from axpo.tools.built_in import Documents, built_in, undone
 from axpo.tools.loading import load_tools
 
 MINIATURE_QUESTIONS = 900
@@ -90,16 +91,21 @@ def load_chat(config: Config) -> Chat:
     return Chat.from_pretrained(model_path(config), config.max_pixels)
 
 
-def load_toolbox(config: Config, chat: Chat) -> Toolbox:
+def load_toolbox(config: Config, chat: Chat, described: bool = False) -> Toolbox:
     """The tools, checked: the sandbox computes, keys are there, MCP servers answer.
 
-    Raises ToolError for a tool that cannot be offered.
+    Where they are only `described` nobody calls them, nor is checked what the built-in ones need; those of evaluation
+    are left out. Raises ToolError for a tool that cannot be offered.
     """
-    options = config.tools
+    # Each of the processes that train together has tools of its own.
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    options = config.tools.model_copy(update={"search_rate": config.tools.search_rate / processes})
 
     def documents() -> Documents:
         return corpus() if options.corpus == MINIATURE else cast(Path | None, options.corpus)
 
+    if described:
+        return Toolbox(load_tools(options.names, undone(options)))
     known = built_in(options, documents, chat.shorten)
     training, evaluation = load_tools(options.names, known), load_tools(config.eval.tools, known, "eval.tools")
     return Toolbox(training, options.timeout, options.rollout_timeout, options.concurrency, evaluation)

@@ -17,7 +17,7 @@ from rich.console import Console
 from axpo.cli_compare import compare
 from axpo.cli_diagnose import diagnose
 from axpo.cli_methods import methods
-from axpo.cli_plan import plan
+from axpo.cli_plan import check_fit, plan
 from axpo.cli_shared import (
     QUICKSTART,
     ConfigFile,
@@ -219,6 +219,7 @@ def _prepare_training(config: Config) -> "tuple[Chat, Toolbox, Data]":
     from axpo import build
 
     chat, toolbox = prepare(config)
+    check_fit(config)
     data = build.load_data(config)
     for questions in (data.train, data.eval):
         check_prompt(config, chat, toolbox, questions or [])
@@ -252,12 +253,15 @@ def _train(
 def _sft(config: Config, ranks: "Ranks") -> None:
     from axpo import build
     from axpo.miniature.quickstart import teach
+    from axpo.sft import check_lengths
     from axpo.workflow import run_sft
 
-    chat, toolbox = prepare(config)
+    chat, toolbox = prepare(config, described=config.data.sft != MINIATURE)
+    check_fit(config, tuning=True)
     trees = None
     if config.data.sft != MINIATURE:
         trees = [_trajectory_tree(each, chat, toolbox) for each in build.load_sft_data(config)]
+        check_lengths(trees, config.rollout.max_context)
     elif missing := {"zoom", "python", "search"}.difference(map(str, config.tools.names)):
         raise ConfigError(f"tools.names: the teacher of data.sft={MINIATURE} needs {', '.join(sorted(missing))}")
     run = new_run(config, "sft", follows=not ranks.main)

@@ -1,12 +1,15 @@
 """`axpo plan`: what a config would take, before anything runs."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from axpo.cli_shared import ConfigFile, Overrides, command
-from axpo.config import load_config
+from axpo.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from axpo.plan.shapes import Shape
 
 TOO_LARGE = 1  # exit status
 WIDTH = 80
@@ -33,14 +36,12 @@ def plan(
         from axpo.plan.memory import GIB
         from axpo.plan.planning import make_plan, refusal
         from axpo.plan.report import tables
-        from axpo.plan.shapes import image_pixels, load_shape
 
         transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         memory = None if gpu_memory is None else int(gpu_memory * GIB)
         if memory is None and torch.cuda.is_available():
             memory = torch.cuda.get_device_properties(0).total_memory
-        shape = load_shape(config)
-        pixels = image_pixels(config) if shape.vision else 0
+        shape, pixels = _measured(config)
         made = make_plan(config, shape, pixels, memory)
         console = Console(width=min(WIDTH, Console().width), highlight=False)
         for table in tables(made):
@@ -48,3 +49,31 @@ def plan(
         if made.excess:
             typer.echo(f"error: {refusal(made, pixels)}", err=True)
             raise typer.Exit(TOO_LARGE)
+
+
+def check_fit(config: Config, tuning: bool = False) -> None:
+    """Raise ConfigError where the GPU's memory cannot hold what `axpo train`, or `axpo sft` (`tuning`), would take.
+
+    Nothing is checked off CUDA, with `preflight` off, or of a model whose layers the plan does not know.
+    """
+    if not config.preflight or not config.device.startswith("cuda"):
+        return
+    import torch
+
+    from axpo.plan.planning import make_plan, refusal
+
+    try:
+        shape, pixels = _measured(config)
+    except ConfigError:
+        return
+    made = make_plan(config, shape, pixels, torch.cuda.get_device_properties(config.device).total_memory, tuning)
+    if made.excess:
+        raise ConfigError(f"{refusal(made, pixels)}\naxpo plan shows more; preflight=false begins without this check")
+
+
+def _measured(config: Config) -> "tuple[Shape, int]":
+    """The sizes of the config's model, and the pixels of its largest image. Raises ConfigError."""
+    from axpo.plan.shapes import image_pixels, load_shape
+
+    shape = load_shape(config)
+    return shape, image_pixels(config) if shape.vision else 0

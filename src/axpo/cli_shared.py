@@ -111,8 +111,9 @@ def require(value: object, key: str) -> None:
         )
 
 
-def prepare(config: Config) -> "tuple[Chat, Toolbox]":
-    """Check what can be checked without data and weights; returns the chat and the tools."""
+def prepare(config: Config, described: bool = False) -> "tuple[Chat, Toolbox]":
+    """Check what can be checked without data and weights; returns the chat and the tools, which may be only `described`
+    where nobody will call them."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -134,7 +135,7 @@ def prepare(config: Config) -> "tuple[Chat, Toolbox]":
         chat = build.load_chat(config)
     except ChatError as error:
         raise ChatError(f"model {config.model}: {error}") from error
-    return chat, build.load_toolbox(config, chat)
+    return chat, build.load_toolbox(config, chat, described)
 
 
 def check_prompt(config: Config, chat: "Chat", toolbox: "Toolbox", questions: "Sequence[Question]") -> None:

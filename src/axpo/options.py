@@ -146,7 +146,7 @@ class ToolsConfig(Section):
     search_tokens: Integer = Field(default=2048, ge=16)
     """Tokens that the documents of one search are cut to. Default: 2048."""
     search_rate: Real = Field(default=5.0, gt=0)
-    """Requests a second to a provider of search, of all rollouts together. Default: 5."""
+    """Requests a second to a provider of search, of all rollouts and processes together. Default: 5."""
     image_search: Annotated[dict[str, str] | None, PlainValidator(_image_search)] = None
     """What `image_search` asks: {url: URL}, {serper: URL to upload images to}, or {table: FILE.jsonl} of hits found
     before, as in axpo/tools/image_providers.py. Default: none."""
@@ -171,7 +171,7 @@ class RolloutConfig(Section):
     max_tokens: Integer = Field(default=2048, ge=1)
     """Tokens of one turn. Default: 2048."""
     max_context: Integer = Field(default=16384, ge=2)
-    """Tokens of a whole rollout, its prompt included. Default: 16384."""
+    """Tokens of a whole rollout, its prompt included; no trajectory of data.sft may have more. Default: 16384."""
     max_images: Integer = Field(default=8, ge=0)
     """Images of a whole rollout, those of its prompt included. Default: 8."""
     temperature: Real = Field(default=1.0, gt=0)
@@ -276,7 +276,8 @@ class TrainConfig(Section):
     minibatches: Integer = Field(default=1, ge=1)
     """Optimizer steps a training step; its questions are divided among them. Default: 1, on-policy."""
     pack_tokens: Integer = Field(default=16384, ge=1)
-    """Tokens of one packed forward; a larger tree is packed alone. Default: 16384."""
+    """Tokens of one packed forward, which a longer rollout passes alone. A larger tree is cut between rollouts, and
+    what leads to each part is computed again. Default: 16384."""
     gradient_checkpointing: bool = False
     """Keep only what goes into each layer and compute it again for the gradient: less memory, a third more time.
     Default: false."""
@@ -306,6 +307,8 @@ class SftConfig(Section):
     """AdamW's learning rate after the warm-up; from there it falls linearly to 0. Default: 1e-5 (usual)."""
     warmup_steps: Integer = Field(default=50, ge=0)
     """Optimizer steps over which the learning rate rises from 0. Default: 50."""
+    save_every: Integer = Field(default=100, ge=0)
+    """Optimizer steps between checkpoints, each in place of the one before; 0 saves only at the end. Default: 100."""
 
 
 class EvalConfig(Section):

@@ -1,10 +1,11 @@
-"""Trees to packs: every token is computed once, forward and backward.
+"""Trees to packs: every token is computed once, forward and backward, but for what a cut repeats.
 
 A tree is laid out depth first, several trees one after another, and attention follows the tree (attention.py). What
-all prompts begin with (the system's words, the tools) is laid out once a pack, as if its trees were one.
+all prompts begin with (the system's words, the tools) is laid out once a pack, as if its trees were one. A tree that is
+too large for a pack is cut between rollouts, and each part repeats what leads to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,7 +40,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class _Flat:
-    """One tree laid flat; indices are relative to its first token."""
+    """One tree, or a part of one, laid flat; indices are relative to its first token."""
 
     ids: npt.NDArray[np.int64]
     # So many first tokens are the prompt's text before its first image. Never its last token, which predicts what
@@ -58,10 +59,11 @@ class _Flat:
 def pack_trees(trees: Sequence[RolloutTree], chat: Chat, token_limit: int) -> list[Pack]:
     """Pack the credited part of the trees, largest first, each where it adds least, into packs of `token_limit` tokens.
 
-    Segments with no credit in or below them (a source's failed continuation, void rollouts) are left out. A
-    tree larger than the limit makes a pack of its own.
+    Segments with no credit in or below them (a source's failed continuation, void rollouts) are left out. A tree larger
+    than the limit is cut into parts of whole rollouts, in one of which each segment is trained; a rollout longer than
+    the limit makes a pack of its own.
     """
-    flat = [_flatten(tree, chat) for tree in trees if any(s.credits for s in tree.segments())]
+    flat = [part for tree in trees for part in _flatten(tree, chat, token_limit)]
     bins: list[_Bin] = []
     for item in sorted(flat, key=lambda f: -len(f.ids)):
         sizes = [(part.size, part.size_with(item)) for part in bins]
@@ -119,8 +121,31 @@ class _Bin:
         self.items.append(item)
 
 
-def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
-    order = [s for s in tree.segments() if _needed(s)]
+def _flatten(tree: RolloutTree, chat: Chat, token_limit: int) -> Iterator[_Flat]:
+    trained: set[Segment] = set()
+    for part in _parts(tree, token_limit):
+        yield _flatten_part(part, trained, chat)
+        trained.update(part)
+
+
+def _parts(tree: RolloutTree, token_limit: int) -> list[list[Segment]]:
+    """The needed segments, depth first, in parts of at most so many tokens, or of one longer rollout."""
+    needed = [s for s in tree.segments() if _needed(s)]
+    inner = {s.parent for s in needed}
+    parts: list[dict[Segment, None]] = []
+    size = 0
+    for path in (s.path() for s in needed if s not in inner):
+        new = [s for s in path if not parts or s not in parts[-1]]
+        size += sum(map(len, new))
+        if not parts or size > token_limit:
+            parts.append({})
+            new, size = path, sum(map(len, path))
+        parts[-1].update(dict.fromkeys(new))
+    return [list(part) for part in parts]
+
+
+def _flatten_part(order: Sequence[Segment], trained: Collection[Segment], chat: Chat) -> _Flat:
+    """Lay out segments, all that leads to them included; nothing is learnt from those that are `trained` elsewhere."""
     starts: dict[Segment, int] = {}
     ends: dict[Segment, int] = {}  # of the subtree
     next_position: dict[Segment, int] = {}
@@ -136,7 +161,7 @@ def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
         positions.append(spread)
     for segment in reversed(order):
         ends[segment] = max([starts[segment] + len(segment), *(ends[c] for c in segment.children if c in ends)])
-    learns = [(s, credit) for s in order for credit in s.credits]
+    learns = [(s, credit) for s in order if s not in trained for credit in s.credits]
     sources, targets = [], []
     for segment, _ in learns:
         assert segment.parent is not None
@@ -145,7 +170,7 @@ def _flatten(tree: RolloutTree, chat: Chat) -> _Flat:
         before[0] = starts[segment.parent] + len(segment.parent) - 1
         targets.append(inside)
         sources.append(before)
-    root = tree.root.ids
+    root = order[0].ids
     places = np.flatnonzero(root[:-1] == chat.image_token_id)
     return _Flat(
         ids=np.concatenate([s.ids for s in order]),

@@ -232,7 +232,8 @@ def joined(config: Config) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     if not ranks.main:
-        logging.getLogger("axpo").setLevel(logging.ERROR)  # what it warns of rank 0 warns of too
+        # What concerns all rank 0 warns of too; faults of tools in this rank's rollouts are in the figures alone.
+        logging.getLogger("axpo").setLevel(logging.ERROR)
     dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
     try:
         with ranks.together():

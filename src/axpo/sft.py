@@ -35,6 +35,18 @@ def trajectory_tree(trajectory: Trajectory, chat: Chat, tools: Sequence[dict[str
     return tree
 
 
+def check_lengths(trees: Sequence[RolloutTree], limit: int) -> None:
+    """Raise DataError where trajectories have more than `limit` tokens: each is trained whole, and some step of many
+    would find no memory for it."""
+    lengths = [(sum(map(len, tree.segments())), tree.question_id) for tree in trees]
+    if longer := [each for each in lengths if each[0] > limit]:
+        length, name = max(longer)
+        raise DataError(
+            f"rollout.max_context: got {limit}, but {len(longer)} of {len(trees)} trajectories of data.sft are longer; "
+            f"the longest, {name}, has {length} tokens. Leave them out, or set rollout.max_context to that"
+        )
+
+
 def imitate(tree: RolloutTree, leaves: Sequence[Segment]) -> RolloutTree:
     """Credit the policy tokens of these rollouts, so that packing trains them and nothing else; returns the tree."""
     for segment in tree.segments():

@@ -59,6 +59,7 @@ async def run_training(
     """
     assert data.train is not None
     engine = engine or build.make_engine(config, model, chat, ranks=ranks)
+    engine.sleep()  # its memory is that of the reference until the weights are divided; the trainer wakes it
     trainer = Trainer(config, build.training_agent(config, engine, chat, toolbox), model, data.train, ranks)
     alarms = Alarms(config.alarms, bool(config.tools.names))
     saved = None
@@ -160,11 +161,21 @@ async def run_sft(
     checkpoint: str = "checkpoint",
     ranks: Ranks = ALONE,
 ) -> None:
-    """Fine-tune on the credited tokens of the trees. The checkpoint is written also where the run is interrupted.
+    """Fine-tune on the credited tokens of the trees.
+
+    The checkpoint is written every `sft.save_every` steps and at the end, also where the run is interrupted; not after
+    an error amid what ranks compute together, who can put nothing together any more.
 
     Every rank runs this, with the same trees.
     """
-    progress.stage("sft", config.sft.steps)
+
+    def save() -> None:
+        with computing(config, ranks):
+            run.save_checkpoint(model, chat, checkpoint)
+        ranks.meet()  # nobody goes on, or ends, before it is written
+
+    steps, every = config.sft.steps, config.sft.save_every
+    progress.stage("sft", steps)
     started = time.perf_counter()
     try:
         with ranks.together():
@@ -172,9 +183,10 @@ async def run_sft(
                 seconds, started = time.perf_counter() - started, time.perf_counter()
                 run.log({"stage": "sft", **figures, "seconds": seconds})
                 progress.step({**figures, "seconds": seconds})
+                if every and figures["step"] % every == 0 and figures["step"] < steps:
+                    save()
+                    started = time.perf_counter()
                 await asyncio.sleep(0)  # where Ctrl-C ends it: all ranks after whole steps
     finally:
         if not ranks.lost:
-            with computing(config, ranks):
-                run.save_checkpoint(model, chat, checkpoint)
-            ranks.meet()  # nobody ends before it is written
+            save()

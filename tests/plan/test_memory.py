@@ -90,13 +90,24 @@ def test_shards():
     assert not alone["update"].parts["gathered weights"]
 
 
+def test_the_start_holds_the_policy_whole_and_then_vllm_or_the_reference():
+    sharded = ("parallel.processes=4", "parallel.sharding=full", "dtype=bfloat16")
+    start = by_name(config(*sharded))["start"].parts
+    assert (start["weights"], start["reference policy"]) == (2 * ALL, 2 * ALL)
+    for share, vllm, reference in (0.3, 12 * GIB, 0), (0.03, 0, 2 * ALL):
+        parts = by_name(config(*sharded, "engine.name=vllm", f"vllm.memory={share}"), 40 * GIB)["start"].parts
+        assert (parts.get("vLLM", 0), parts.get("reference policy", 0)) == (vllm, reference)
+    tuning = by_name(config(*sharded), tuning=True)["start"]
+    assert tuning.total == 2 * ALL
+
+
 def test_offload():
     """The optimizer steps on the host, and the reference comes for its own forward alone."""
     given = config("parallel.offload=true", "device=cuda")
     found = by_name(given)
-    assert list(found) == ["rollout", "reference", "update", "optimizer"]
-    assert all(not moment.parts["optimizer"] for moment in found.values())
-    assert [moment.parts["reference policy"] for moment in found.values()] == [0, 4 * ALL, 0, 0]
+    assert list(found) == ["start", "rollout", "reference", "update", "optimizer"]
+    assert not any(moment.parts.get("optimizer") for moment in found.values())
+    assert [moment.parts["reference policy"] for moment in found.values()] == [4 * ALL, 0, 4 * ALL, 0, 0]
     # Copies, moments, their gradients, the reference; and the weights as they are saved.
     assert host_bytes(given, SHAPE) == PROCESS + (4 + 8 + 4 + 4) * ALL + 4 * ALL
     # The checkpoint while it is opened; weights and moments as they are saved, of shards too.
@@ -138,10 +149,10 @@ def test_nothing_is_judged_without_memory_and_nothing_refused_that_fits():
     [
         ([], "train.gradient_checkpointing=true"),
         (["train.gradient_checkpointing=true", "parallel.processes=8"], "parallel.sharding=full"),
-        (["train.gradient_checkpointing=true", "device=cuda"], "parallel.offload=true"),
-        (["train.gradient_checkpointing=true", "train.pack_tokens=200000"], "train.pack_tokens="),
+        (["train.gradient_checkpointing=true", "train.pack_tokens=1000", "device=cuda"], "parallel.offload=true"),
+        (["train.gradient_checkpointing=true"], "train.pack_tokens="),
         (["train.gradient_checkpointing=true", "engine.kv_memory=60"], "engine.kv_memory="),
-        (["train.gradient_checkpointing=true"], "rollout.max_context="),
+        (["train.gradient_checkpointing=true", "train.pack_tokens=1000"], "rollout.max_context="),
     ],
 )
 def test_the_smallest_change_that_helps_is_named(overrides: list[str], knob: str):

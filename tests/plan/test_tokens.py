@@ -44,9 +44,16 @@ def test_axpo_adds_its_budget(shape: Shape):
     step = training_step(config(), shape, PIXELS)
     assert (step.rollouts, step.extra) == (128, 32)
     assert step.extra_tokens == (0.125, 0.25)
-    # r·N/K = half a prefix a question is 1.25 for each of the four in ten that have one, so 2: each of them leaves out
-    # its failed end and adds 4 continuations.
-    assert step.tree == 2048 + (8 + 2 * 3) * 5048
+    # All of the M = 8 prefixes may be of one question, each of whose rollouts then leaves out its failed end and has 4
+    # continuations.
+    assert step.tree == 2048 + (8 + 8 * 3) * 5048
+    assert training_step(config("method.budget=0.1"), shape, PIXELS).tree == 2048 + (8 + 3 * 3) * 5048  # M = 3
+    assert training_step(config("rollout.questions=64"), shape, PIXELS).tree == step.tree  # M = 32, of 8 rollouts
+    # Three calls a rollout, whose own turns are trained up to the last of them; and what was left over is spent too.
+    every = training_step(config("method.fork_at=every", "rollout.questions=64"), shape, PIXELS)
+    assert every.tree == 2048 + (8 + 8 * 3 * 4) * 5048
+    adaptive = training_step(config("method.adaptive_budget=0.5", "method.budget=0.1"), shape, PIXELS)
+    assert (adaptive.extra, adaptive.tree) == (12 + 6, 2048 + (8 + 18 - 4) * 5048)
     assert training_step(config("method.budget=0.25", "method.continuations=8"), shape, PIXELS).extra == 32
 
 
@@ -73,7 +80,9 @@ def test_the_largest_forward(shape: Shape):
         return largest_pack(given, training_step(given, shape, PIXELS))
 
     tree = 2048 + 8 * 5048
-    assert largest("train.pack_tokens=1000") == Batch(tree, 24000, 17 * 4096)  # a tree is never cut
+    path = 2048 + 5048
+    assert largest("train.pack_tokens=1000") == Batch(path, int(24000 * path / tree), 3 * 4096)  # which is never cut
+    assert largest(f"train.pack_tokens={tree // 2}") == Batch(tree // 2, 12000, 8 * 4096)
     assert largest(f"train.pack_tokens={2 * tree}") == Batch(2 * tree, 48000, 34 * 4096)
     # Two processes have eight of the 16 questions each.
     assert largest("train.pack_tokens=10000000", "parallel.processes=2").tokens == 8 * tree

@@ -120,7 +120,11 @@ def moments(config: Config, shape: Shape, batch: Batch, gpu_memory: int | None, 
     # The copies of offloaded weights have theirs in the host's memory too; a backward's own are there by its end.
     own = trained(config, shape) * itemsize(config)
     held = lasting | resting | {"gradients": own if away else sizes.gradients}
-    found = [] if tuning else [Moment("rollout", lasting | resting | _generating(config, shape, sizes, gpu_memory))]
+    found = []
+    if away or sizes.weights < sizes.whole:
+        found.append(Moment("start", lasting | _starting(config, shape, sizes, gpu_memory, tuning)))
+    if not tuning:
+        found.append(Moment("rollout", lasting | resting | _generating(config, shape, sizes, gpu_memory)))
     if away and sizes.reference:  # it comes for its forward, which saves nothing, and goes before the policy's
         forward = {"activations": batch.tokens * layer_bytes(shape, compute)}
         found.append(Moment("reference", held | {"reference policy": sizes.reference} | forward))
@@ -129,6 +133,15 @@ def moments(config: Config, shape: Shape, batch: Batch, gpu_memory: int | None, 
         found.append(Moment("reduction", held | {"gradients": held["gradients"] + sizes.reduced}))
     stepped = 0 if away else sizes.optimizer + sizes.stepping
     return [*found, Moment("optimizer", held | {"optimizer": stepped})]
+
+
+def _starting(config: Config, shape: Shape, sizes: Sizes, gpu_memory: int | None, tuning: bool) -> dict[str, int]:
+    """Weights are whole until they are divided. vLLM starts beside them, and has gone to sleep when the reference is
+    copied from them."""
+    vllm = 0 if tuning else _generating(config, shape, sizes, gpu_memory).get("vLLM", 0)
+    reference = shape.parameters * itemsize(config) if sizes.reference else 0
+    held = {"vLLM": vllm} if vllm > reference else {"reference policy": reference}
+    return {"weights": sizes.whole} | held
 
 
 def _update(work: Activations) -> dict[str, int]:

@@ -48,10 +48,11 @@ class Plan:
         return max(0, vllm_least(config, self.shape) - int(config.vllm.memory * self.gpu_memory))
 
 
-def make_plan(config: Config, shape: Shape, pixels: int, gpu_memory: int | None) -> Plan:
-    """The plan of `axpo train`, or of `axpo sft` for a config that has data for that alone. `pixels` are those of the
-    largest image, `gpu_memory` is in bytes."""
-    tuning = config.data.train is None and config.data.sft is not None
+def make_plan(config: Config, shape: Shape, pixels: int, gpu_memory: int | None, tuning: bool | None = None) -> Plan:
+    """The plan of `axpo train`, or of `axpo sft` where `tuning` says so, by default for a config that has data for that
+    alone. `pixels` are those of the largest image, `gpu_memory` is in bytes."""
+    if tuning is None:
+        tuning = config.data.train is None and config.data.sft is not None
     step = (tuning_step if tuning else training_step)(config, shape, pixels)
     batch = largest_pack(config, step)
     return Plan(
@@ -97,7 +98,7 @@ def remedies(plan: Plan, pixels: int) -> list[Change]:
 def _changes(plan: Plan, pixels: int) -> Iterator[Change]:
     """Every knob, set to what helps; those that change neither what is trained nor on what come first."""
     for override, config in _knobs(plan, pixels):
-        changed = make_plan(config, plan.shape, pixels, plan.gpu_memory)
+        changed = make_plan(config, plan.shape, pixels, plan.gpu_memory, plan.tuning)
         yield Change(override, plan.peak.total - changed.peak.total, changed)
 
 
@@ -117,13 +118,13 @@ def _knobs(plan: Plan, pixels: int) -> Iterator[tuple[str, Config]]:
         yield _set(config, "parallel", "sharding", "full")
     if plan.peak.name == "rollout" and config.engine.name == "local":
         yield from less("engine", "kv_memory", 0.5, _LEAST * config.engine.kv_memory)
-    if plan.peak.name == "rollout" and config.engine.name == "vllm" and not plan.vllm_lacks:
+    if plan.peak.name in ("start", "rollout") and config.engine.name == "vllm" and not plan.vllm_lacks:
         yield from less("vllm", "memory", _SHARE, _SHARE)
-    if config.train.pack_tokens > plan.step.tree:
-        yield from less("train", "pack_tokens", _STEP, _LEAST * config.train.pack_tokens)
+    if plan.batch.tokens > plan.step.path:
+        yield from less("train", "pack_tokens", _STEP, max(plan.step.path, _LEAST * config.train.pack_tokens))
     if not (offload or sharded) and config.device != "cpu":
         yield _set(config, "parallel", "offload", True)
-    if plan.batch.tokens == plan.step.tree:
+    if plan.batch.tokens == plan.step.path:
         yield from less("rollout", "max_context", _STEP, plan.step.prompt + max(2, _LEAST * plan.step.rollout))
     if config.train.vision and plan.shape.vision and not config.lora.rank:
         yield _set(config, "train", "vision", False)
@@ -141,7 +142,7 @@ def _first_fitting(
     last = None
     for number in range(1, 1 + int(abs(end - value) / abs(step) + 1e-9)):
         last = _set(plan.config, section, key, kind(round(value + number * step, 2)))
-        if not make_plan(last[1], plan.shape, pixels, plan.gpu_memory).excess:
+        if not make_plan(last[1], plan.shape, pixels, plan.gpu_memory, plan.tuning).excess:
             break
     if last is not None:
         yield last

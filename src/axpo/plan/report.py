@@ -76,7 +76,7 @@ def _step(plan: Plan) -> RenderableType:
         )
     if plan.shape.vision:
         table.add_row("tokens, and patches, of the largest image", f"{step.image_tokens:,} and {step.image_patches:,}")
-    table.add_row("tokens of the longest tree", f"{step.tree:,}")
+    table.add_row("tokens of a tree, at most", f"{step.tree:,}")
     table.add_row("tokens, and patches, of the largest forward", f"{plan.batch.tokens:,} and {plan.batch.patches:,}")
     table.add_row("keys and values of one token", gib(kv_bytes(config, plan.shape)))
     table.add_row("memory of the host, all processes", gib(plan.host))

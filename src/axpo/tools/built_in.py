@@ -3,7 +3,8 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from axpo.tools.base import Tool, ToolError
 from axpo.tools.faults import blame
@@ -39,6 +40,20 @@ def built_in(
         "python": lambda: make_python(_interpreters(options), options.timeout),
         "search": make_search_tool,
         "image_search": lambda: _image_search(options),
+    }
+
+
+def undone(options: "ToolsConfig") -> dict[str, Callable[[], Tool]]:
+    """The same where nobody will call them: what they work with need not be there."""
+    from axpo.tools.image_search import make_image_search
+    from axpo.tools.search import make_search
+
+    nothing: Any = SimpleNamespace(level="none", longest=None)
+    return {
+        "zoom": lambda: make_zoom(options.zoom_pixels),
+        "python": lambda: make_python(nothing),
+        "search": lambda: make_search(nothing),
+        "image_search": lambda: make_image_search(nothing),
     }
 
 
