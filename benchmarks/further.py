@@ -31,7 +31,7 @@ from axpo.storage import load_trees
 
 METHODS = ("sft", "grpo", "grpo2x", "axpo")
 MORE, MORE_SEED = 300, 2  # held-out questions
-SPLITS = ("more", "far", "unseen")
+SPLITS = {"more": "300 held-out", "far": "far", "unseen": "unseen tool"}
 TITLES = {"pass1": "Pass@1", "pass4": "Pass@4", "tool_use": "tool use", "image_search": "image search"}
 Figures = dict[str, float]
 
@@ -88,12 +88,13 @@ def summarise(found: dict[str, dict[int, Figures]]) -> dict[str, object]:
 def rows(found: dict[str, Any]) -> list[str]:
     """Markdown: the figures of each split for each method, and AXPO's differences, in points."""
     table = []
-    for split in SPLITS:
+    for split, title in SPLITS.items():
         methods, pairs = found[split]["methods"], found[split]["pairs"]
+        asked = [method for method in METHODS if methods[method]["seeds"]]
         for key in (key for key in methods["axpo"] if key != "seeds"):
-            shares = [f"{methods[method][key]['mean']:.1%}" for method in METHODS]
-            differences = [points(pairs[f"axpo_minus_{method}"][key]) for method in ("grpo", "grpo2x")]
-            table.append(f"| {split}, {TITLES[key]} | {' | '.join((*shares, *differences))} |")
+            shares = [f"{methods[method][key]['mean']:.1%}" for method in asked]
+            differences = [points(pairs[f"axpo_minus_{method}"][key]) for method in asked if method.startswith("grpo")]
+            table.append(f"| {title}, {TITLES[key]} | {' | '.join((*shares, *differences))} |")
     return table
 
 

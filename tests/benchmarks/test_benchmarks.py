@@ -226,6 +226,7 @@ def test_further_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     from axpo.miniature import unseen
 
     monkeypatch.setattr(unseen, "COUNT", 2)
+    monkeypatch.setattr(further, "MORE", 2)
     monkeypatch.setattr(further, "METHODS", ("sft", "axpo"))
     cells = tmp_path / "cells"
     config = tmp_path / "config.yaml"
@@ -242,11 +243,11 @@ def test_further_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         further.main()
         monkeypatch.setattr(further.subprocess, "run", None)  # the second time nothing is left to run
     found = json.loads((tmp_path / "further.json").read_text())
-    assert set(found["guesses"]) == {"held_out", "far", "unseen"}
+    assert set(found["guesses"]) == {"held_out", "more", "far", "unseen"}
     assert 0.5 < found["guesses"]["held_out"]["usual"] < 0.7 < found["guesses"]["held_out"]["common"] < 0.9
     assert found["unseen"]["methods"]["sft"]["seeds"] == 1
     assert {"pass1", "pass4", "tool_use", "image_search"} < set(found["unseen"]["methods"]["axpo"])
-    for split in ("far", "unseen"):
+    for split in ("more", "far", "unseen"):
         assert found[split]["pairs"]["axpo_minus_sft"]["pass1"]["mean"] == 0  # the same policy
 
 

@@ -90,10 +90,12 @@ def test_what_the_trees_say_is_in_the_readme() -> None:
 
 def test_tables_of_other_questions_are_in_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EVIDENCE.parents[1] / "benchmarks")
+    import further
     import kinds
 
     text = (EVIDENCE / "README.md").read_text("utf-8")
     assert "\n".join(kinds.rows(json.loads((EVIDENCE / "longer" / "kinds.json").read_text("utf-8")))) in text
+    assert "\n".join(further.rows(json.loads((EVIDENCE / "further.json").read_text("utf-8")))) in text
 
 
 def test_the_gap_of_the_front_page_is_that_of_the_diagnosis() -> None:
