@@ -13,7 +13,6 @@ from typing import Any
 from axpo.comparison import paper
 from axpo.comparison.aggregate import Estimate
 from axpo.comparison.grid import cells_of, load_grid
-from axpo.comparison.paper import row_of
 from axpo.comparison.report import points
 from axpo.miniature.world import FAMILIES
 
@@ -61,7 +60,7 @@ def others(summary: dict[str, Any]) -> list[str]:
     found = []
     trained = {cell.name: cell.config for cell in cells_of(load_grid(GRID)) if cell.command == "train"}
     for name, config in trained.items():
-        of, pair, row = summary["methods"].get(name), summary["pairs"].get(f"axpo_minus_{name}"), row_of(config)
+        of, pair, row = summary["methods"].get(name), summary["pairs"].get(f"axpo_minus_{name}"), paper.row_of(config)
         if name in METHODS or row is None or of is None or not of["seeds"]:
             continue
         values = " | ".join(f"{of[key]['mean']:.1%}" for key in ("pass1", "pass4", "tool_use"))

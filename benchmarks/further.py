@@ -20,6 +20,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from evidence_rows import METHODS, PAIRS
+
 from axpo.build import HELD_OUT_SEED
 from axpo.comparison.aggregate import as_text, difference, over_seeds
 from axpo.comparison.bootstrap import METHOD
@@ -29,7 +31,6 @@ from axpo.miniature.world import Problem, sample_problems
 from axpo.run import run_status
 from axpo.storage import load_trees
 
-METHODS = ("sft", "grpo", "grpo2x", "axpo")
 MORE, MORE_SEED = 300, 2  # held-out questions
 SPLITS = {"more": "300 held-out", "far": "far", "unseen": "unseen tool"}
 TITLES = {"pass1": "Pass@1", "pass4": "Pass@4", "tool_use": "tool use", "image_search": "image search"}
@@ -93,7 +94,7 @@ def rows(found: dict[str, Any]) -> list[str]:
         asked = [method for method in METHODS if methods[method]["seeds"]]
         for key in (key for key in methods["axpo"] if key != "seeds"):
             shares = [f"{methods[method][key]['mean']:.1%}" for method in asked]
-            differences = [points(pairs[f"axpo_minus_{method}"][key]) for method in asked if method.startswith("grpo")]
+            differences = [points(pairs[pair][key]) for pair in PAIRS if pair in pairs]
             table.append(f"| {title}, {TITLES[key]} | {' | '.join((*shares, *differences))} |")
     return table
 

@@ -80,14 +80,13 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         folder = Saving(config)
         data: Any = build.Data([], None)
         nothing: Any = None
+        engine: Any = SimpleNamespace(sleep=lambda: None)
         if follows:
             (folder.folder / "metrics.jsonl").write_text('{"stage": "eval", "of": "st')  # another is rewinding it
             own = Following(folder.folder)
-            engine: Any = SimpleNamespace(sleep=lambda: None)
             asyncio.run(run_training(config, own, Silent(), nothing, nothing, nothing, data, engine, Second(1, 2)))
             return folder
         try:
-            engine: Any = SimpleNamespace(sleep=lambda: None)
             asyncio.run(run_training(config, folder, Silent(), nothing, nothing, nothing, data, engine))
         finally:
             assert folder.saved == 1
