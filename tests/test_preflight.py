@@ -73,9 +73,21 @@ def blind(model: Any) -> None:
         merger.linear_fc2.bias.zero_()
 
 
+async def check(trainer: Trainer, folder: Path) -> None:
+    await preflight.preflight(trainer.config, trainer.model, trainer.agent, folder)
+
+
+def seen(trainer: Trainer) -> str | None:
+    return sees_images(trainer.config, trainer.model, trainer.agent.chat)
+
+
+def agreed(trainer: Trainer) -> str | None:
+    return asyncio.run(agreement(trainer.config, trainer.model, trainer.agent))
+
+
 def failures(trainer: Trainer, folder: Path) -> list[str]:
     with pytest.raises(PreflightError) as error:
-        asyncio.run(preflight.preflight(trainer, folder))
+        asyncio.run(check(trainer, folder))
     return str(error.value).splitlines()
 
 
@@ -86,14 +98,14 @@ def failures(trainer: Trainer, folder: Path) -> list[str]:
 def test_what_is_sound_passes_within_seconds(make: Callable[..., Trainer], tmp_path: Path, override: str) -> None:
     trainer = make(override)
     started = time.process_time()
-    asyncio.run(preflight.preflight(trainer, tmp_path))
+    asyncio.run(check(trainer, tmp_path))
     assert time.process_time() - started < 2
 
 
 def test_training_goes_on_as_if_nothing_had_been_asked(make: Callable[..., Trainer], tmp_path: Path) -> None:
     async def first_step(trainer: Trainer, checked: bool) -> list[Any]:
         if checked:
-            await preflight.preflight(trainer, tmp_path)
+            await check(trainer, tmp_path)
         drawing = await trainer.roll_out(0)
         segments = [segment for tree in drawing.trees for segment in tree.segments() if segment.logprobs is not None]
         return [(segment.ids.tolist(), segment.logprobs.tolist()) for segment in segments if len(segment)]
@@ -105,10 +117,10 @@ def test_training_goes_on_as_if_nothing_had_been_asked(make: Callable[..., Train
 def test_the_engine_remembers_nothing_of_it(make: Callable[..., Trainer], tmp_path: Path) -> None:
     trainer = make()
     counters = trainer.agent.engine.counters  # type: ignore[attr-defined]
-    asyncio.run(preflight.preflight(trainer, tmp_path))
-    asyncio.run(agreement(trainer))  # asks again what it has asked
+    asyncio.run(check(trainer, tmp_path))
+    agreed(trainer)  # asks again what it has asked
     assert counters.reused_tokens == 0
-    asyncio.run(agreement(trainer))
+    agreed(trainer)
     assert counters.reused_tokens > 0
 
 
@@ -134,8 +146,8 @@ def test_a_text_only_model_has_no_images_to_see(make: Callable[..., Trainer], tm
         Qwen3Config(vocab_size=config["vocab_size"], **sizes, num_key_value_heads=1, head_dim=8)
     ).save_pretrained(folder)
     trainer = make(f"model={folder}", "tools.names=[search]")
-    assert sees_images(trainer) is None
-    asyncio.run(preflight.preflight(trainer, tmp_path))
+    assert seen(trainer) is None
+    asyncio.run(check(trainer, tmp_path))
 
 
 # Images ---------------------------------------------------------------------------------------------------------------
@@ -143,12 +155,12 @@ def test_a_text_only_model_has_no_images_to_see(make: Callable[..., Trainer], tm
 
 def test_a_model_without_vision_does_not_see(make: Callable[..., Trainer]) -> None:
     trainer = make()
-    assert sees_images(trainer) is None
+    assert seen(trainer) is None
     blind(trainer.model)
-    told = sees_images(trainer) or ""
+    told = seen(trainer) or ""
     assert "by 0 with the one in a prompt, less than 0.001" in told
     assert "by 0 with the one in a tool's result, less than 0.001" in told
-    assert sees_images(make("rollout.max_images=0")) is None
+    assert seen(make("rollout.max_images=0")) is None
 
 
 def test_a_model_that_sees_the_first_image_only_is_found_out(
@@ -161,7 +173,7 @@ def test_a_model_that_sees_the_first_image_only_is_found_out(
         return ImageFeatures([first, *map(torch.zeros_like, others)], deep)
 
     monkeypatch.setattr("axpo.policy.image_features", first_only)
-    told = sees_images(make()) or ""
+    told = seen(make()) or ""
     assert "in a prompt" not in told
     assert "by 0 with the one in a tool's result" in told
 
@@ -220,12 +232,12 @@ def test_templates_that_do_not_keep_what_they_wrote(changes: Sequence[tuple[str,
 
 def test_an_engine_with_other_weights_disagrees(make: Callable[..., Trainer]) -> None:
     trainer = make()
-    assert asyncio.run(agreement(trainer)) is None
+    assert agreed(trainer) is None
     other = build.load_model(trainer.config)
     with torch.no_grad():
         other.model.language_model.layers[0].mlp.down_proj.weight.mul_(1.1)
     trainer.agent = replace(trainer.agent, engine=LocalEngine(other, trainer.agent.chat))
-    told = asyncio.run(agreement(trainer)) or ""
+    told = agreed(trainer) or ""
     assert told.startswith("engine.name: the log-probs of the local engine and of the trainer differ by 0.")
     assert "more than 0.001. They do not compute the same model" in told
 
@@ -241,7 +253,7 @@ def test_an_engine_that_loses_the_tools_image_disagrees(make: Callable[..., Trai
         return await generate(replace(request, images=(first, first)))
 
     trainer.agent.engine.generate = confused  # type: ignore[method-assign]
-    assert "do not compute the same model" in (asyncio.run(agreement(trainer)) or "")
+    assert "do not compute the same model" in (agreed(trainer) or "")
 
 
 def test_an_engine_that_tells_no_logprobs_disagrees(make: Callable[..., Trainer]) -> None:
@@ -253,12 +265,12 @@ def test_an_engine_that_tells_no_logprobs_disagrees(make: Callable[..., Trainer]
         return replace(answer, logprobs=[float("nan")] * len(answer.ids))
 
     trainer.agent.engine.generate = silent  # type: ignore[method-assign]
-    assert "differ by nothing that is known" in (asyncio.run(agreement(trainer)) or "")
+    assert "differ by nothing that is known" in (agreed(trainer) or "")
 
 
 def test_a_narrow_sampling_distribution_is_no_disagreement(make: Callable[..., Trainer]) -> None:
     trainer = make("rollout={top_k: 2, top_p: 0.5, temperature: 0.7, questions: 2, max_context: 4096}")
-    assert asyncio.run(agreement(trainer)) is None
+    assert agreed(trainer) is None
 
 
 # Tools ----------------------------------------------------------------------------------------------------------------
@@ -339,19 +351,20 @@ def test_a_checkpoint_is_as_large_as_is_said(make: Callable[..., Trainer], dtype
     trainer.optimizer.step()
     state = {"trainer": trainer.state()}
     place = Run(trainer.config).save_checkpoint(trainer.model, trainer.agent.chat, state=state)
-    size = sum((place / name).stat().st_size for name in ("model.safetensors", "training.pt"))
-    assert checkpoint_bytes(trainer) == pytest.approx(size, rel=0.05)
+    weights, rest = ((place / name).stat().st_size for name in ("model.safetensors", "training.pt"))
+    assert checkpoint_bytes(trainer.model) == pytest.approx(weights + rest, rel=0.05)
+    assert checkpoint_bytes(trainer.model, tuning=True) == pytest.approx(weights, rel=0.05)
 
 
 def test_room_is_asked_for_two_checkpoints_less_the_one_that_lies_there(
     make: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make("train.steps=100", "train.save_every=10")
-    size = checkpoint_bytes(trainer)
+    size = checkpoint_bytes(trainer.model)
 
     def enough(free: int) -> bool:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free))
-        return disk_space(trainer, tmp_path) is None
+        return disk_space(trainer.config, trainer.model, tmp_path) is None
 
     assert enough(2 * size)
     assert not enough(2 * size - 1)
@@ -387,6 +400,37 @@ def test_a_command_tells_what_is_wrong_and_leaves_no_folder(project: Path) -> No
     assert told.startswith(f"error: preflight: model: {project / 'blind'} does not see its images")
     assert not (project / "run").exists()
     succeed("train", project / "config.yaml", f"model={project / 'blind'}", "preflight=false")
+
+
+@pytest.mark.parametrize("command", ["eval", "diagnose"])
+def test_nothing_is_measured_of_a_model_that_does_not_see(project: Path, command: str) -> None:
+    succeed("train", project / "config.yaml", "train.steps=0", "tools={names: [zoom], zoom_pixels: 16384}")
+    run = project / "run"
+    questions = project / "questions.jsonl"
+    arguments = [run, f"data.eval={questions}"] if command == "eval" else [run, questions, "--questions", 1]
+    config = load_config(run / "config.yaml", [f"model={run / 'checkpoint'}"])
+    model = build.load_model(config)
+    blind(model)
+    model.save_pretrained(run / "checkpoint")
+    told = mistake(command, *arguments)
+    assert told.startswith(f"error: preflight: model: {run / 'checkpoint'} does not see its images")
+    assert not (run / command).exists()
+    succeed(command, *arguments, "preflight=false")
+
+
+def test_fine_tuning_is_checked_too(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [{"role": "assistant", "content": "Hm.\n</think>\n\n<answer>2</answer>"}]
+    (project / "sft.jsonl").write_text(json.dumps({**QUESTIONS[0], "turns": turns}) + "\n")
+    arguments = ["sft", project / "config.yaml", f"data.sft={project / 'sft.jsonl'}", "sft={steps: 1, batch: 1}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(0))
+        assert "0.0 GiB of free disk space, but 1 checkpoint of " in mistake(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight, "SEEN", 1e9)
+        told = mistake(*arguments)
+    assert told.startswith("error: preflight: model: miniature does not see its images")
+    assert not (project / "run").exists()
+    succeed(*arguments)
 
 
 def test_a_run_that_is_resumed_is_checked_and_kept(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

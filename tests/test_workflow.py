@@ -150,7 +150,7 @@ def test_fine_tuning_saves_as_it_goes(
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(workflow, "sft_steps", steps)
-    config = load_config(None, [f"output={tmp_path}/run", "sft.steps=5", f"sft.save_every={every}"])
+    config = load_config(None, [f"output={tmp_path}/run", "sft.steps=5", f"sft.save_every={every}", "preflight=false"])
     folder, nothing = Saving(config, "sft"), None
     tuning = run_sft(config, folder, Silent(), nothing, nothing, [], ranks=ranks)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="out of memory") if lost else nullcontext():

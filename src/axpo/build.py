@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from axpo.adapters import add_adapters
 from axpo.agent import Agent, Limits
@@ -16,7 +16,8 @@ from axpo.config import MINIATURE, MINIATURE_SFT, Config, ConfigError, Source
 from axpo.engines.base import Engine, EngineError, Sampling
 from axpo.engines.local import LocalEngine
 from axpo.engines.vllm import VllmEngine
-from axpo.engines.vllm_servers import VllmServers, server_problem
+from axpo.engines.vllm_server_check import server_problem
+from axpo.engines.vllm_servers import VllmServers
 from axpo.engines.vllm_start import refusal, start_vllm, vllm_problem
 from axpo.methods import needs_entropy
 from axpo.miniature import base
@@ -130,9 +131,11 @@ def check_engine(config: Config) -> None:
     """Raises ConfigError where the config's engine cannot be had here, before any weights are loaded."""
     if config.engine.name == "vllm" and (problem := vllm_problem()) is not None:
         raise ConfigError(f"engine.name: got 'vllm', but {problem}")
-    for url in config.vllm.servers:
-        if (problem := server_problem(url, config.rollout.max_context)) is not None:
-            raise ConfigError(f"vllm.servers: got {url!r}, but {problem}")
+    if config.vllm.servers:
+        model, by_nccl = AutoConfig.from_pretrained(model_path(config)), config.device.startswith("cuda")
+        for url in config.vllm.servers:
+            if (problem := server_problem(url, config.rollout.max_context, model, by_nccl)) is not None:
+                raise ConfigError(f"vllm.servers: got {url!r}, but {problem}")
 
 
 def make_engine(

@@ -9,7 +9,7 @@ import asyncio
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -190,6 +190,7 @@ def evaluate(
         config = config_of_run(folder, checkpoint, overrides or [])
         require(config.data.eval, "data.eval")
         from axpo import build
+        from axpo.preflight import preflight
         from axpo.workflow import run_evaluation
 
         chat, toolbox = prepare(config)
@@ -200,8 +201,14 @@ def evaluate(
         model = load_model(config, run)
         with running(run), TerminalProgress() as progress:
             engine = build.make_engine(config, model, chat)
-            evaluation = run_evaluation(config, run, progress, engine, chat, toolbox, questions, checkpoint)
-            figures = asyncio.run(evaluation)
+            agent = build.evaluation_agent(config, engine, chat, toolbox)
+
+            async def measure() -> dict[str, Any]:
+                if config.preflight:
+                    await preflight(config, model, agent)
+                return await run_evaluation(config, run, progress, engine, chat, toolbox, questions, checkpoint)
+
+            figures = asyncio.run(measure())
             finish(run, {checkpoint: figures})
             run.end()
         typer.echo(f"written to {shown(run.folder)}")

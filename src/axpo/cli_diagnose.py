@@ -64,8 +64,9 @@ def diagnose(
                 raise ConfigError(f"{option}: got {value}, must be at least {least}")
         config = _config(policy, checkpoint, data, overrides or [])
         from axpo import build
-        from axpo.diagnostics.divergence import Effort, draw, family_figures, figures
+        from axpo.diagnostics.divergence import Draws, Effort, draw, family_figures, figures
         from axpo.diagnostics.plots import plot_divergence, plot_gap
+        from axpo.preflight import preflight
 
         chat, toolbox = prepare(config)
         asked = build.load_probes(config, questions)
@@ -76,7 +77,13 @@ def diagnose(
         threshold = config.method.threshold
         with running(run), TerminalProgress() as progress:
             agent = build.probing_agent(config, build.make_engine(config, model, chat, entropies=True), chat, toolbox)
-            draws = asyncio.run(draw(agent, asked, effort, threshold, config.seed, progress))
+
+            async def measure() -> Draws:
+                if config.preflight:
+                    await preflight(config, model, agent)
+                return await draw(agent, asked, effort, threshold, config.seed, progress)
+
+            draws = asyncio.run(measure())
             run.save_trees("diagnose", draws.trees)
             families = {question.id: question.family for question in asked}
             found = figures(draws, threshold)

@@ -130,11 +130,11 @@ def prepare(config: Config, described: bool = False) -> "tuple[Chat, Toolbox]":
     gpus = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if int(index or 0) >= gpus:
         raise ConfigError(f"device: got {config.device!r}, but torch {torch.__version__} finds {gpus} such devices")
-    build.check_engine(config)
     try:
         chat = build.load_chat(config)
     except ChatError as error:
         raise ChatError(f"model {config.model}: {error}") from error
+    build.check_engine(config)
     return chat, build.load_toolbox(config, chat, described)
 
 

@@ -87,8 +87,8 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     alarms: AlarmsConfig = AlarmsConfig()
     preflight: bool = True
-    """Check before the first step that the model sees its images, that the template keeps prefixes, that engine and
-    trainer agree, and that the tools answer. Default: true."""
+    """Check before anything is trained or measured that the model sees its images, that the template keeps prefixes,
+    that engine and trainer agree, and that the tools answer. Default: true."""
 
     model_config = ConfigDict(validate_default=True)
 

@@ -10,7 +10,7 @@ import datetime
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,19 @@ import PIL.Image
 import PIL.ImageDraw
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from axpo.agent import Agent
 from axpo.attention import TreeMask
 from axpo.chat import END_THINK, THINK, Chat, ChatError
 from axpo.config import Config, ConfigError
 from axpo.diagnostics.mismatch import Mismatch
 from axpo.engines.base import Request, RolloutKey, Sampling
-from axpo.packing import pack_trees
-from axpo.policy import forward_logits, policy_logprobs, update_forward
+from axpo.packing import pack_logprobs, pack_trees
+from axpo.parallel import ALONE, Ranks, computing
+from axpo.policy import banned_tokens, forward_logits, policy_logprobs, update_forward
 from axpo.positions import mrope_positions
 from axpo.tools.base import Conversation, SystemFault, Toolbox, ToolResult, encode_png
-from axpo.trainer import Trainer
 from axpo.tree import Credit, Kind, RolloutTree, Segment
 
 logger = logging.getLogger(__name__)
@@ -55,30 +57,46 @@ class PreflightError(ConfigError):
     """A run that would train on something else than it seems to: one line for each check that failed."""
 
 
-async def preflight(trainer: Trainer, folder: Path) -> None:
-    """Prove what a run relies on, with the policy, engine and tools that it will use. `folder` is the run's.
+async def preflight(
+    config: Config, model: PreTrainedModel, agent: Agent, folder: Path | None = None, ranks: Ranks = ALONE
+) -> None:
+    """Prove what a run relies on, with the policy, engine and tools that it will use.
 
-    The engine has the trainer's weights after it and remembers nothing. Raises PreflightError with all that failed.
+    `folder` is that of the run's checkpoints, None where none will be written. The engine has the model's weights after
+    it and remembers nothing. Raises PreflightError with all that failed.
     """
     started = time.perf_counter()
-    chat, engine = trainer.agent.chat, trainer.agent.engine
+    chat, engine = agent.chat, agent.engine
     found = [
-        disk_space(trainer, folder),
-        stable_template(chat, trainer.config),
-        *await answering_tools(trainer.agent.toolbox.in_evaluation, picture(0)),
+        disk_space(config, model, folder) if folder else None,
+        stable_template(chat, config),
+        *await answering_tools(agent.toolbox.in_evaluation, picture(0)),
     ]
-    with trainer.together():
+    with computing(config, ranks):
         engine.sleep()
         engine.update_weights()  # as after a step: the weights that it generates with are those that were sent
-        found += [sees_images(trainer), await agreement(trainer)]
-    everywhere = (text for texts in trainer.ranks.all(found) for text in texts if text)
-    if failures := list(dict.fromkeys(everywhere)):
-        hint = "preflight: the run has not begun; preflight=false begins it without these checks"
-        raise PreflightError("\n".join([*(f"preflight: {text}" for text in failures), hint]))
-    with trainer.together():
+        found += [sees_images(config, model, chat), await agreement(config, model, agent)]
+    _judge(found, ranks)
+    with computing(config, ranks):
         engine.sleep()
         engine.update_weights()
     logger.info("preflight took %.1f s", time.perf_counter() - started)
+
+
+def preflight_sft(config: Config, model: PreTrainedModel, chat: Chat, folder: Path, ranks: Ranks = ALONE) -> None:
+    """Prove what fine-tuning relies on, which neither generates nor calls tools, before the weights are shared.
+
+    `folder` is that of the run. Raises PreflightError with all that failed.
+    """
+    found = [disk_space(config, model, folder, tuning=True), stable_template(chat, config)]
+    _judge([*found, sees_images(config, model, chat)], ranks)
+
+
+def _judge(found: Sequence[str | None], ranks: Ranks) -> None:
+    everywhere = (text for texts in ranks.all(list(found)) for text in texts if text)
+    if failures := list(dict.fromkeys(everywhere)):
+        hint = "preflight: the run has not begun; preflight=false begins it without these checks"
+        raise PreflightError("\n".join([*(f"preflight: {text}" for text in failures), hint]))
 
 
 # Images ---------------------------------------------------------------------------------------------------------------
@@ -108,9 +126,9 @@ def rollout(chat: Chat, shown: bytes | None, returned: bytes | None) -> tuple[Ro
     return tree, tree.append(called, Kind.OBSERVATION, ids, images=images)
 
 
-def sees_images(trainer: Trainer) -> str | None:
+def sees_images(config: Config, model: PreTrainedModel, chat: Chat) -> str | None:
     """Whether the next token depends on a picture of the prompt, and on one that a tool has returned."""
-    chat, most = trainer.agent.chat, trainer.config.rollout.max_images
+    most = config.rollout.max_images
     if chat.image_token_id is None or most == 0:
         return None
     one, other = picture(0), picture(1)
@@ -121,14 +139,14 @@ def sees_images(trainer: Trainer) -> str | None:
     }
     blind = []
     for place, leaves in seen.items():
-        first, again, changed = (next_logprobs(trainer, leaf) for leaf in leaves)
+        first, again, changed = (next_logprobs(config, model, chat, leaf) for leaf in leaves)
         least = max(SEEN, OVER_NOISE * _distance(first, again))
         if not _distance(first, changed) >= least:  # also where it is not a number
             blind.append(f"by {_distance(first, changed):.2g} with the one in {place}, less than {least:.2g}")
     if not blind:
         return None
     return (
-        f"model: {trainer.config.model} does not see its images: when the picture is another, the next token's "
+        f"model: {config.model} does not see its images: when the picture is another, the next token's "
         f"log-probs change {' and '.join(blind)}. Take a checkpoint whose vision weights are whole (a file of the "
         "language model alone has none), with its own chat_template.jinja and preprocessor_config.json"
     )
@@ -140,13 +158,13 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 @torch.no_grad()
-def next_logprobs(trainer: Trainer, leaf: Segment) -> Tensor:
+def next_logprobs(config: Config, model: PreTrainedModel, chat: Chat, leaf: Segment) -> Tensor:
     """The log-probs (V,) of the token after a path, by the trainer's forward."""
-    chat, model, path = trainer.agent.chat, trainer.model, leaf.path()
+    path = leaf.path()
     ids = np.concatenate([segment.ids for segment in path])
     images = [image for segment in path for image in segment.images]
     positions, _ = mrope_positions(ids, images, chat.image_token_id or 0, chat.merge_size)
-    with update_forward(model, autocast=trainer.config.train.autocast):
+    with update_forward(model, autocast=config.train.autocast):
         logits = forward_logits(
             model,
             torch.from_numpy(ids)[None].to(model.device),
@@ -155,7 +173,7 @@ def next_logprobs(trainer: Trainer, leaf: Segment) -> Tensor:
             chat.pixels(images) if images else None,
             torch.tensor([len(ids) - 1], device=model.device),
         )
-    return policy_logprobs(logits[0], trainer.banned)[0]
+    return policy_logprobs(logits[0], banned_tokens(chat, model))[0]
 
 
 def _precision(config: Config) -> torch.dtype:
@@ -202,12 +220,12 @@ def stable_template(chat: Chat, config: Config) -> str | None:
 # Engine ---------------------------------------------------------------------------------------------------------------
 
 
-async def agreement(trainer: Trainer) -> str | None:
+async def agreement(config: Config, model: PreTrainedModel, agent: Agent) -> str | None:
     """Whether the engine tells the log-probs that the trainer computes, for what follows a tool's image.
 
     It samples at the rollouts' temperature, but from the whole distribution, which is what the trainer computes.
     """
-    config, chat, engine = trainer.config, trainer.agent.chat, trainer.agent.engine
+    chat, engine = agent.chat, agent.engine
     most = config.rollout.max_images if chat.image_token_id is not None else 0
     tree, leaf = rollout(chat, picture(0) if most > 1 else None, picture(1) if most else None)
     path = leaf.path()
@@ -219,7 +237,9 @@ async def agreement(trainer: Trainer) -> str | None:
     written = tree.append(leaf, Kind.POLICY, generation.ids, generation.logprobs)
     written.credits = (Credit(1.0, len(written)),)
     (pack,) = pack_trees([tree], chat, config.train.pack_tokens)
-    found = Mismatch.of(pack.old_logprobs, trainer.logprobs(pack)).figures()
+    with torch.no_grad(), update_forward(model, autocast=config.train.autocast):
+        known = pack_logprobs(model, pack, chat, banned_tokens(chat, model), sampling.temperature)
+    found = Mismatch.of(pack.old_logprobs, known).figures()
     most_off = AGREED[_precision(config)]
     if found["mismatch_mean"] is not None and found["mismatch_mean"] <= most_off:
         return None
@@ -296,12 +316,13 @@ async def _answer(toolbox: Toolbox, name: str, probe: _Probe, conversation: Conv
 # Disk -----------------------------------------------------------------------------------------------------------------
 
 
-def disk_space(trainer: Trainer, folder: Path) -> str | None:
-    """Whether the checkpoints fit: a new one is written before the one that it replaces goes."""
-    train = trainer.config.train
-    copies = 2 if 0 < train.save_every < train.steps else 1
+def disk_space(config: Config, model: PreTrainedModel, folder: Path, tuning: bool = False) -> str | None:
+    """Whether the checkpoints fit, which hold weights alone in `tuning`: a new one is written before the one that it
+    replaces goes."""
+    options = config.sft if tuning else config.train
+    copies = 2 if 0 < options.save_every < options.steps else 1
     held = sum(file.stat().st_size for file in (folder / "checkpoint").rglob("*") if file.is_file())
-    size = checkpoint_bytes(trainer)
+    size = checkpoint_bytes(model, tuning)
     free, needed = shutil.disk_usage(folder).free, copies * size - held
     if free >= needed:
         return None
@@ -312,9 +333,9 @@ def disk_space(trainer: Trainer, folder: Path) -> str | None:
     )
 
 
-def checkpoint_bytes(trainer: Trainer) -> int:
-    """What a checkpoint takes: the weights, and of those that are trained AdamW's two moments and, where they are not
-    float32, a copy that is."""
-    weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+def checkpoint_bytes(model: PreTrainedModel, tuning: bool = False) -> int:
+    """What a checkpoint takes: the weights and, but in `tuning`, of those that are trained AdamW's two moments and,
+    where they are not float32, a copy that is."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = [] if tuning else [p for p in model.parameters() if p.requires_grad]
     return weights + sum(p.numel() * (8 if p.dtype == torch.float32 else 12) for p in trained)

@@ -15,7 +15,7 @@ from axpo.diagnostics.alarms import Alarms, AlarmStop
 from axpo.engines.base import Engine
 from axpo.evaluation.runner import evaluate, summarise
 from axpo.parallel import ALONE, Ranks, computing, in_order
-from axpo.preflight import preflight
+from axpo.preflight import preflight, preflight_sft
 from axpo.questions import Question
 from axpo.run import Run
 from axpo.sft import sft_steps
@@ -72,7 +72,7 @@ async def run_training(
         saved = trainer.done
     done, steps, name = saved or 0, config.train.steps, config.method.name
     if config.preflight and done < steps:
-        await preflight(trainer, run.folder)
+        await preflight(config, model, trainer.agent, run.folder, ranks)
     run.rewind(name, done)
     evaluated = ranks.of_main(run.evaluations() if ranks.main else {})  # whose lines that one has just rewound
 
@@ -161,7 +161,7 @@ async def run_sft(
     checkpoint: str = "checkpoint",
     ranks: Ranks = ALONE,
 ) -> None:
-    """Fine-tune on the credited tokens of the trees.
+    """Fine-tune on the credited tokens of the trees. Raises PreflightError before the first step.
 
     The checkpoint is written every `sft.save_every` steps and at the end, also where the run is interrupted; not after
     an error amid what ranks compute together, who can put nothing together any more.
@@ -175,6 +175,8 @@ async def run_sft(
         ranks.meet()  # nobody goes on, or ends, before it is written
 
     steps, every = config.sft.steps, config.sft.save_every
+    if config.preflight:
+        preflight_sft(config, model, chat, run.folder, ranks)
     progress.stage("sft", steps)
     started = time.perf_counter()
     try:

@@ -16,15 +16,17 @@ import httpx
 import pytest
 import torch
 from asking import PICTURES, TOOL, longer, noise, request
+from transformers import AutoConfig
 
 from axpo import build
 from axpo.chat import Chat
 from axpo.config import ConfigError, load_config
-from axpo.engines import vllm_requests, vllm_servers, vllm_transfer
+from axpo.engines import vllm_requests, vllm_server_check, vllm_transfer
 from axpo.engines.base import Counters, EngineError, Finish, Sampling
 from axpo.engines.vllm_requests import generation, image_hash, placeholders, sampling_options
 from axpo.engines.vllm_start import refusal
 from axpo.engines.vllm_transfer import Transfer
+from axpo.miniature.base import BASE
 from axpo.policy import output_head, policy_weights
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="make test-vllm runs these")
@@ -267,6 +269,22 @@ def sampled(logprob: float) -> dict[str, Any]:
     return {"choices": [{"token_ids": [1], "logprobs": {"content": [{"logprob": logprob}]}}]}
 
 
+def started(transfer: str | None = "nccl", images: dict[str, bool] | None = None) -> dict[str, Any]:
+    """What a server tells of how it was started."""
+    way = {"backend": transfer} if transfer else None
+    return {"vllm_config": {"weight_transfer_config": way, "model_config": {"multimodal_config": images}}}
+
+
+# Of vLLM 0.32.0 about the miniature, cut.
+INSPECTION = """Qwen3VLForConditionalGeneration()(
+  (visual): Qwen3_VisionTransformer()(
+  (language_model): Qwen3LLMForCausalLM()(
+    (model): Qwen3LLMModel()(
+      (embed_tokens): VocabParallelEmbedding(num_embeddings=768, num_embeddings_per_partition=768, embedding_dim=128, \
+org_vocab_size=768, num_embeddings_padded=768, tp_size=1)
+"""
+
+
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
@@ -278,6 +296,26 @@ def sampled(logprob: float) -> dict[str, Any]:
         ({"/inference/v1/generate": 500}, "it answers 500 where a token is asked for"),
         ({"/inference/v1/generate": {"choices": []}}, "it answers 200 where a token is asked for"),
         ({"/version": {"no": "vllm"}}, "no vLLM server answers there"),
+        ({"/server_info": 404}, "it takes no token ids or no weights; it must be started as: VLLM_SERVER"),
+        ({"/server_info": {}}, "it does not tell how it was started (KeyError: 'vllm_config')"),
+        ({"/server_info": started(transfer=None)}, "it takes no weights by NCCL; it must be started as: VLLM_SERVER"),
+        ({"/server_info": started(transfer="ipc")}, "it takes no weights by NCCL"),
+        (
+            {"/server_info": started(images={"mm_device_do_normalize": True})},
+            "it would prepare images that are prepared already; it must be",
+        ),
+        (
+            {"/collective_rpc": {"results": [INSPECTION.replace("embedding_dim=128", "embedding_dim=2048")]}},
+            "it serves another model: hidden_size 2048, vocab_size 768, a vision tower; that of this config has "
+            "hidden_size 128, vocab_size 768, a vision tower",
+        ),
+        (
+            {"/collective_rpc": {"results": [INSPECTION.replace("visual", "other")]}},
+            "it serves another model: hidden_size 128, vocab_size 768, no vision tower",
+        ),
+        ({"/server_info": started()}, None),  # of a model without images
+        ({"/collective_rpc": 500}, "it does not tell how it was started (HTTPStatusError"),
+        ({"/collective_rpc": {"results": ["in other words"]}}, None),
         ({}, None),
     ],
 )
@@ -289,6 +327,8 @@ def test_what_a_server_lacks_is_told(
         "/v1/models": {"data": [{"max_model_len": 100}]},
         "/inference/v1/generate": sampled(-1e-6),
         "/weight_info": {},
+        "/server_info": started(images={"mm_device_do_normalize": False}),
+        "/collective_rpc": {"results": [INSPECTION]},
         **answers,
     }
 
@@ -297,8 +337,9 @@ def test_what_a_server_lacks_is_told(
         return httpx.Response(given) if isinstance(given, int) else httpx.Response(200, json=given)
 
     client = partial(httpx.Client, transport=httpx.MockTransport(answer))
-    monkeypatch.setattr(vllm_servers.httpx, "Client", client)
-    found = vllm_servers.server_problem("http://a", 100)
+    monkeypatch.setattr(vllm_server_check.httpx, "Client", client)
+    model = AutoConfig.from_pretrained(BASE)
+    found = vllm_server_check.server_problem("http://a", 100, model, by_nccl=True)
     assert (found or "").startswith(said or "")
     assert (found is None) == (said is None)
 
@@ -315,6 +356,20 @@ def test_a_server_with_other_weights_is_refused(server: str, untied: Path, monke
     monkeypatch.setattr(Transfer, "send", lambda _: None)
     with pytest.raises(ConfigError, match=f"vllm.servers: {server} serves other weights than the policy's"):
         build.make_engine(config, model, build.load_chat(config))
+
+
+@needs_vllm
+def test_a_server_tells_what_it_serves_and_how(server: str, untied: Path) -> None:
+    model = AutoConfig.from_pretrained(untied)
+    assert vllm_server_check.server_problem(server, 1100, model, by_nccl=False) is None
+    told = vllm_server_check.server_problem(server, 1100, model, by_nccl=True)
+    assert (told or "").startswith("it takes no weights by NCCL")
+    model.text_config.hidden_size = 256
+    told = vllm_server_check.server_problem(server, 1100, model, by_nccl=False)
+    assert told == (
+        "it serves another model: hidden_size 128, vocab_size 768, a vision tower; "
+        "that of this config has hidden_size 256, vocab_size 768, a vision tower"
+    )
 
 
 @needs_vllm

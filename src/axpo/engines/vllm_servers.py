@@ -24,51 +24,11 @@ from axpo.engines.vllm_requests import (
     placeholders,
     sampling_options,
 )
-from axpo.engines.vllm_start import VERSIONS
+from axpo.engines.vllm_server_check import COMMAND, CONNECT
 from axpo.engines.vllm_transfer import Transfer
 from axpo.parallel import ALONE, Ranks
 from axpo.policy import vocabulary_size
 from axpo.sharding import gather, scatter
-
-_CONNECT = 10.0  # seconds; an answer may take as long as it takes
-_FIRST = 120.0  # but that to one token: others may be asked for at the same time
-COMMAND = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out --enable-prompt-tokens-details "
-    "--logprobs-mode processed_logprobs --generation-config vllm --no-mm-device-do-normalize "
-    """--weight-transfer-config '{"backend": "nccl"}'"""
-)
-# A token that a bias makes certain: only processed log-probs say so.
-_SURE = {
-    "token_ids": [1],
-    "sampling_params": {"temperature": 1.0, "max_tokens": 1, "logprobs": 0, "logit_bias": {"1": 100.0}},
-}
-
-
-def server_problem(url: str, context: int) -> str | None:
-    """Why the server cannot be used for paths of so many tokens; None where it can, as far as it tells."""
-    try:
-        with httpx.Client(base_url=url, timeout=_CONNECT) as client:
-            version = str(client.get("/version").raise_for_status().json()["version"])
-            (model, *_) = client.get("/v1/models").raise_for_status().json()["data"]
-            served = int(model["max_model_len"])
-            token = client.post("/inference/v1/generate", json=_SURE, timeout=_FIRST)
-            weights = client.get("/weight_info")
-    except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError) as error:
-        return f"no vLLM server answers there ({type(error).__name__}: {error})"
-    if not version.startswith(f"{VERSIONS}."):
-        return f"it is vLLM {version}; must be of the line {VERSIONS}"
-    if served < context:
-        return f"it serves {served} tokens, but rollout.max_context is {context}; --max-model-len sets it"
-    if token.status_code in (403, 404) or weights.status_code == 404:
-        return f"it takes no token ids or no weights; it must be started as: {COMMAND}"
-    try:
-        (sampled,) = token.raise_for_status().json()["choices"][0]["logprobs"]["content"]
-        processed = abs(sampled["logprob"]) < 1e-3
-    except (httpx.HTTPError, LookupError, TypeError, ValueError):
-        return f"it answers {token.status_code} where a token is asked for: {token.text[:500]}"
-    if not processed:
-        return f"its log-probs are not those of what it samples from; it must be started as: {COMMAND}"
-    return None
 
 
 class VllmServers:
@@ -139,7 +99,7 @@ class VllmServers:
     def _check_weights(self) -> None:
         request = probe(self._chat)
         for url in self._urls:
-            with httpx.Client(timeout=httpx.Timeout(None, connect=_CONNECT)) as client:
+            with httpx.Client(timeout=httpx.Timeout(None, connect=CONNECT)) as client:
                 try:
                     response = client.post(f"{url}/inference/v1/generate", json=self._body(request))
                 except httpx.HTTPError as error:
@@ -159,7 +119,7 @@ class VllmServers:
         if self._client is None or self._client[0] is not loop:
             # A server closes connections that nobody has used for 5 s; one that closes as it is used is lost.
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=2)
-            timeout = httpx.Timeout(None, connect=_CONNECT)
+            timeout = httpx.Timeout(None, connect=CONNECT)
             self._client = loop, httpx.AsyncClient(limits=limits, timeout=timeout)
         return self._client[1]
 
