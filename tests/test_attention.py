@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from axpo.attention import TreeMask, tree_attention
@@ -63,6 +63,20 @@ def test_no_score_is_computed_in_vain(parents: list[int], sizes: list[int]) -> N
     causal = sum((end - start) * (end - start + 1) // 2 for start, end, _ in TreeMask(until).runs)
     below = sum((end - start) * (until - end) for start, end, until in TreeMask(until).runs)
     assert causal + below == int(seen.sum())
+
+
+@settings(max_examples=50, deadline=None)
+@given(parents=st.lists(st.integers(0, 5), max_size=9), sizes=st.lists(st.integers(1, 400), min_size=10, max_size=10))
+def test_flex_attention_gets_the_blocks_that_torch_finds(parents: list[int], sizes: list[int]) -> None:
+    mask = TreeMask(random_trees(parents, sizes)[0])
+    ours, total = mask.blocks, len(mask.until)
+    whole = create_block_mask(ours.mask_mod, None, None, total, total, device="cpu")
+    assert ours.shape == whole.shape
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, indices = (getattr(ours, f"{name}_{kind}") for kind in ("num_blocks", "indices"))
+        assert torch.equal(counts, getattr(whole, f"{name}_num_blocks"))
+        told = torch.arange(indices.shape[-1]) < counts[..., None]  # what comes after those is never read
+        assert torch.equal(indices[told], getattr(whole, f"{name}_indices")[told])
 
 
 def test_runs_by_hand() -> None:

@@ -51,12 +51,12 @@ TRAJECTORIES: list[dict[str, Any]] = [
     {
         **QUESTIONS[0],
         "turns": [
-            {"role": "assistant", "content": f"<think>Count.</think>{CALL}"},
+            {"role": "assistant", "content": f"Count.</think>{CALL}"},
             {"role": "tool", "content": "3", "images": ["1.png"]},
-            {"role": "assistant", "content": "<think>So</think>4"},
+            {"role": "assistant", "content": "So</think>4"},
         ],
     },
-    {**QUESTIONS[2], "turns": [{"role": "assistant", "content": "<think>Easy.</think>4"}]},
+    {**QUESTIONS[2], "turns": [{"role": "assistant", "content": "Easy.</think>4"}]},
 ]
 CONFIG: dict[str, Any] = {
     "model": "miniature",
@@ -339,6 +339,10 @@ def test_an_interrupted_run_is_usable(project: Path):
         ("tools.names=[nowhere.py]", "error: tools.names[0]: the tool file "),
         ("tools.names=[hammer]", "error: tools.names[0]: got 'hammer', must be one of zoom, python, search"),
         ("model=.", "is not a checkpoint: it holds no config.json"),
+        (
+            "model=./nowhere",
+            "error: model: got './nowhere', but there is no such folder; a run's checkpoint is there on",
+        ),
         ("device=cuda:99", "error: device: got 'cuda:99', but torch"),
         ("rollout.max_context=60", "error: rollout.max_context: got 60, but the prompt of question zero alone has"),
         ("rollout.max_images=0", "error: rollout.max_images: got 0, but the prompt of question zero alone has 1 im"),
@@ -426,6 +430,18 @@ def test_trajectories_that_cannot_be_used(project: Path):
     write_rows(project.parent / "trajectories.jsonl", [TRAJECTORIES[0], spoiled])
     told = "error: trajectory bad: a policy turn cannot hold <|im_start|>\n"
     assert mistake("sft", project) == told
+    doubled = {**QUESTIONS[2], "turns": [{"role": "assistant", "content": "<think>Easy.</think>4"}], "id": "twice"}
+    write_rows(project.parent / "trajectories.jsonl", [doubled])
+    told = "error: trajectory twice: a turn begins with <think>, with which this model's prompt ends; leave it out\n"
+    assert mistake("sft", project) == told
+    turns = [{**turn, "content": turn["content"].replace("count_letters", "zoom")} for turn in TRAJECTORIES[0]["turns"]]
+    write_rows(
+        project.parent / "trajectories.jsonl", [{**TRAJECTORIES[0], "turns": turns, "id": f"n{i}"} for i in "12"]
+    )
+    assert mistake("sft", project) == (
+        "error: tools.names: offers count_letters, but turns of data.sft call 'zoom' (2 trajectories), first in n1; "
+        "they must call tools by the names that they have here\n"
+    )
 
 
 @pytest.mark.usefixtures("no_weights")

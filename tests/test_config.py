@@ -77,6 +77,9 @@ def test_paths_in_a_file_are_relative_to_it_and_in_an_override_to_the_current_fo
     assert config.data.sft == tmp_path / "here" / "s.parquet"
     assert config.tools.names == ["zoom", str(tmp_path / "there" / "mine.py")]
     assert config.tools.corpus == tmp_path / "c.jsonl"
+    later = write(tmp_path / "there", "model: ../runs/sft/checkpoint\n")  # there once it is trained
+    assert Path(load_config(later).model).resolve() == tmp_path / "runs" / "sft" / "checkpoint"
+    assert load_config(write(tmp_path / "there", "model: Qwen/Qwen3-VL-2B\n")).model == "Qwen/Qwen3-VL-2B"
     assert load_config(None).output == tmp_path / "here" / "runs" / "axpo"
 
 

@@ -104,7 +104,9 @@ def test_the_optimizer_may_lie_in_the_hosts_memory(
     away = config.model_copy(update={"parallel": ParallelConfig(offload=True)})  # a config refuses it on the CPU
     one, other = make_model(), make_model()
     put: list[torch.Tensor] = []
-    monkeypatch.setattr("axpo.optimizer.in_host", lambda tensor: put.append(tensor) or tensor.clone())
+    monkeypatch.setattr(
+        "axpo.optimizer.in_host", lambda tensor, dtype: put.append(tensor) or tensor.detach().to(dtype, copy=True)
+    )
     expected = list(sft_steps(config, one, chat, trees))
     assert not put
     assert list(sft_steps(away, other, chat, trees)) == expected

@@ -90,6 +90,16 @@ def small_tree() -> RolloutTree:
     return tree
 
 
+def test_images_may_be_left_out(tmp_path: Path):
+    tree = RolloutTree("q", [9], [Image(b"picture", (1, 4, 6), 6)])
+    tree.append(tree.root, Kind.OBSERVATION, [8], images=[Image(b"crop", (1, 2, 2), 1)])
+    save_trees(tmp_path / "step.parquet", [tree], images=False)
+    (loaded,) = load_trees(tmp_path / "step.parquet")
+    found = [segment.images for segment in loaded.segments()]
+    assert found == [(Image(b"", (1, 4, 6), 6),), (Image(b"", (1, 2, 2), 1),)]
+    assert b"crop" not in (tmp_path / "step.parquet").read_bytes()
+
+
 def test_one_row_a_segment_as_other_readers_see_it(tmp_path: Path):
     save_trees(tmp_path / "step.parquet", [RolloutTree("empty", [9]), small_tree()])
     rows = pq.read_table(tmp_path / "step.parquet").to_pylist()

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "axpo_tree"
+BLOCK = 128  # queries and keys of a block of flex attention
 # SDPA's kernel on the CPU: unlike SDPA itself it returns the log-sum-exps, and takes them for the backward pass.
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -41,13 +42,26 @@ class TreeMask:
 
     @cached_property
     def blocks(self) -> BlockMask:
-        """For flex attention, which skips the blocks in which nobody sees anybody."""
-        until = self.until
+        """For flex attention, which skips the blocks in which nobody sees anybody.
+
+        It follows from the least and greatest `until` of each block of keys: torch's `create_block_mask` would make a
+        mask of L² for it.
+        """
+        until, total = self.until, len(self.until)
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & (query < until[key])
 
-        return create_block_mask(sees, None, None, len(until), len(until), device=str(until.device))
+        count = -(-total // BLOCK)
+        rows = torch.nn.functional.pad(until, (0, count * BLOCK - total)).view(count, BLOCK)  # of nobody: sees nothing
+        number = torch.arange(count, device=until.device)
+        start, end = (number * BLOCK)[:, None], ((number + 1) * BLOCK)[:, None]  # of the queries
+        below = number < number[:, None]
+        full = below & (rows.amin(1) >= end) & (end <= total)
+        partial = (below & (rows.amax(1) > start) & ~full) | (number == number[:, None])
+        return BlockMask.from_kv_blocks(
+            *_ordered(partial), *_ordered(full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(total, total)
+        )
 
     @cached_property
     def dense(self) -> Tensor:
@@ -66,6 +80,12 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, mask: TreeMask, sc
     if query.device.type == "cuda":
         return _compiled_flex()(*batched, block_mask=mask.blocks, scale=scaling, enable_gqa=True)[0]  # type: ignore[no-any-return]
     return scaled_dot_product_attention(*batched, attn_mask=mask.dense, scale=scaling, enable_gqa=True)[0]
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of the blocks (rows, columns) a row has: (1, 1, rows), and which, these first: (1, 1, rows, columns)."""
+    which = torch.argsort(blocks.int(), dim=1, descending=True, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], which.to(torch.int32)[None, None]
 
 
 @cache

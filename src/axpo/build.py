@@ -1,5 +1,6 @@
 """From a config to the parts of a run. What can be wrong is found before any weights are loaded."""
 
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from axpo.adapters import add_adapters
 from axpo.agent import Agent, Limits
 from axpo.chat import Chat
-from axpo.config import MINIATURE, MINIATURE_SFT, Config, ConfigError, Source
+from axpo.config import FOLDERS, MINIATURE, MINIATURE_SFT, Config, ConfigError, Source
 from axpo.engines.base import Engine, EngineError, Sampling
 from axpo.engines.local import LocalEngine
 from axpo.engines.vllm import VllmEngine
@@ -22,7 +23,7 @@ from axpo.engines.vllm_start import refusal, start_vllm, vllm_problem
 from axpo.methods import needs_entropy
 from axpo.miniature import base
 from axpo.miniature.world import corpus, sample_problems
-from axpo.parallel import ALONE, Ranks
+from axpo.parallel import ALONE, RankError, Ranks
 from axpo.policy import freeze_vision, load_policy
 from axpo.questions import Question, Trajectory, load_questions, load_trajectories
 from axpo.rewards.critique import critic
@@ -83,8 +84,18 @@ def _questions(source: Source, held_out: bool, seed: int) -> list[Question] | No
 
 
 def model_path(config: Config) -> str | Path:
-    """Where the config's model lies."""
-    return {MINIATURE: base.BASE, MINIATURE_SFT: base.SFT}.get(config.model, config.model)
+    """Where the config's model lies. Raises ConfigError for a path where no folder is."""
+    if config.model in (MINIATURE, MINIATURE_SFT):
+        return base.BASE if config.model == MINIATURE else base.SFT
+    if not config.model.startswith(FOLDERS):
+        return config.model
+    path = Path(os.path.expanduser(config.model))
+    if not path.is_dir():
+        raise ConfigError(
+            f"model: got {config.model!r}, but there is no such folder; a run's checkpoint is there once axpo sft or "
+            "axpo train has written it"
+        )
+    return path
 
 
 def load_chat(config: Config) -> Chat:
@@ -182,6 +193,8 @@ def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat, ranks: Rank
         return VllmEngine(model, chat, start, sleeps=config.device.startswith("cuda"))
     except EngineError as error:
         raise ConfigError(str(error)) from error
+    except RankError:  # of another process, which tells its own
+        raise
     except (ValueError, RuntimeError, ImportError, AssertionError) as error:  # vLLM refuses with all of these
         key, said = refusal(error, config.device)
         raise ConfigError(f"{key}: vLLM does not start with it: {said}") from error

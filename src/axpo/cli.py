@@ -260,14 +260,16 @@ def _train(
 def _sft(config: Config, ranks: "Ranks") -> None:
     from axpo import build
     from axpo.miniature.quickstart import teach
-    from axpo.sft import check_lengths
+    from axpo.sft import check_calls, check_lengths
     from axpo.workflow import run_sft
 
     chat, toolbox = prepare(config, described=config.data.sft != MINIATURE)
     check_fit(config, tuning=True)
     trees = None
     if config.data.sft != MINIATURE:
-        trees = [_trajectory_tree(each, chat, toolbox) for each in build.load_sft_data(config)]
+        trajectories = build.load_sft_data(config)
+        check_calls(trajectories, toolbox.names)
+        trees = [_trajectory_tree(each, chat, toolbox) for each in trajectories]
         check_lengths(trees, config.rollout.max_context)
     elif missing := {"zoom", "python", "search"}.difference(map(str, config.tools.names)):
         raise ConfigError(f"tools.names: the teacher of data.sft={MINIATURE} needs {', '.join(sorted(missing))}")

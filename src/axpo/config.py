@@ -208,16 +208,19 @@ def _parse(text: str | bytes, where: str) -> Any:
         raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
 
 
+FOLDERS = (".", "/", "~")  # how the path of a model begins where its folder need not be there yet
+
+
 def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
     """Make the relative paths of a YAML file relative to that file. What is of a wrong type is left for the check."""
 
     def resolve(value: Any) -> Any:
         if not isinstance(value, str) or value == MINIATURE:
             return value
-        return str(folder / Path(value).expanduser())
+        return str(folder / os.path.expanduser(value))  # which leaves the homes of unknown users
 
-    if isinstance(data.get("model"), str) and (folder / data["model"]).expanduser().is_dir():
-        data["model"] = resolve(data["model"])
+    if isinstance(model := data.get("model"), str) and (model.startswith(FOLDERS) or (folder / model).is_dir()):
+        data["model"] = resolve(model)
     if "output" in data:
         data["output"] = resolve(data["output"])
     sources, tools = data.get("data"), data.get("tools")

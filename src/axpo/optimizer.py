@@ -30,9 +30,8 @@ class Optimizer:
         """With `offload` its state, and the float32 weights that it steps, lie in the host's memory."""
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # A usual step is smaller than bfloat16 can add to a weight: it is added to a float32 copy.
-        self.copies = {p: p.detach().float() for p in self.parameters if offload or p.dtype != torch.float32}
-        if offload:
-            self.copies = {p: in_host(copy) for p, copy in self.copies.items()}
+        copied = [p for p in self.parameters if offload or p.dtype != torch.float32]
+        self.copies = {p: in_host(p, torch.float32) if offload else p.detach().float() for p in copied}
         self.stepped = [self.copies.get(p, p) for p in self.parameters]
         self.adamw = torch.optim.AdamW(self.stepped, lr=learning_rate, weight_decay=weight_decay)
         self.learning_rate = learning_rate

@@ -20,7 +20,7 @@ def _not_bool(value: Any) -> Any:
 
 
 def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path.expanduser()))
+    return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 Integer = Annotated[int, BeforeValidator(_not_bool)]
@@ -77,7 +77,7 @@ def _default_cache() -> Path:
 
 def _checkpoint(name: str) -> str:
     shipped = name in (MINIATURE, MINIATURE_SFT)
-    return str(_absolute(Path(name))) if not shipped and Path(name).expanduser().is_dir() else name
+    return str(_absolute(Path(name))) if not shipped and _absolute(Path(name)).is_dir() else name
 
 
 def _device(name: str) -> str:
@@ -294,6 +294,9 @@ class TrainConfig(Section):
     top_k 0, float32, no autocast) and else computes them anew before the update, recompute always. Default: auto."""
     save_every: Integer = Field(default=50, ge=0)
     """Training steps between checkpoints; 0 saves only at the end. Default: 50."""
+    save_images: bool = True
+    """false: rollouts are kept in trees/ without the bytes of their images, which take most of the space.
+    Default: true."""
 
 
 class SftConfig(Section):

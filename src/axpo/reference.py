@@ -47,7 +47,7 @@ class Reference:
         scatter(self.model)
 
 
-def in_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in the host's memory, from where it is moved fast."""
-    copied = tensor.detach().to("cpu", copy=True)
+def in_host(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A copy in the host's memory, from where it is moved fast; it gets its `dtype` there, not on the device."""
+    copied = tensor.detach().to("cpu", copy=True).to(dtype or tensor.dtype)
     return copied.pin_memory() if tensor.device.type == "cuda" else copied

@@ -88,9 +88,9 @@ class Run:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
 
-    def save_trees(self, name: str, trees: Sequence[RolloutTree]) -> None:
-        """Write trees/NAME.parquet."""
-        save_trees(self.folder / "trees" / f"{name}.parquet", trees)
+    def save_trees(self, name: str, trees: Sequence[RolloutTree], images: bool = True) -> None:
+        """Write trees/NAME.parquet; without `images` their bytes are left out."""
+        save_trees(self.folder / "trees" / f"{name}.parquet", trees, images)
 
     def save_summary(self, summary: Mapping[str, Any], name: str = "summary") -> None:
         """Write NAME.json."""
@@ -195,7 +195,7 @@ class FollowedRun(Run):
 
     def log(self, figures: Mapping[str, Any]) -> None: ...
 
-    def save_trees(self, name: str, trees: Sequence[RolloutTree]) -> None: ...
+    def save_trees(self, name: str, trees: Sequence[RolloutTree], images: bool = True) -> None: ...
 
     def save_summary(self, summary: Mapping[str, Any], name: str = "summary") -> None: ...
 

@@ -14,6 +14,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from axpo.config import ConfigError
+from axpo.options_size import ParallelConfig
+
+
+def check_sharding(options: ParallelConfig) -> None:
+    """Raises ConfigError where this torch cannot share weights."""
+    if options.sharding == "full" and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ConfigError(
+            f"parallel.sharding: got 'full', which needs torch 2.13 or later; this is {torch.__version__}"
+        )
+
 
 def shard(model: PreTrainedModel) -> None:
     """Divide the model's weights, in place, over all processes: each layer of the language model by itself.

@@ -56,17 +56,18 @@ _SCHEMA = pa.schema(
 _ARRAYS = ["ids", "logprobs", "entropies"]
 
 
-def save_trees(path: str | Path, trees: Sequence[RolloutTree]) -> None:
+def save_trees(path: str | Path, trees: Sequence[RolloutTree], images: bool = True) -> None:
     """Write `trees` to `path`: beside it first, then renamed, so that a reader never sees half a file.
 
-    One tree is one row group, which bounds memory by a tree, however many images a step holds.
+    Without `images` their bytes are empty. One tree is one row group, which bounds memory by a tree, however many
+    images a step holds.
     """
     path = Path(path)
     beside = path.with_name(path.name + ".partial")
     try:
         with pq.ParquetWriter(beside, _SCHEMA, compression="zstd") as writer:
             for index, tree in enumerate(trees):
-                writer.write_table(pa.Table.from_pylist(_rows(tree, index), _SCHEMA))
+                writer.write_table(pa.Table.from_pylist(_rows(tree, index, images), _SCHEMA))
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -110,7 +111,7 @@ def _read(file: Any) -> list[RolloutTree]:
     return trees
 
 
-def _rows(tree: RolloutTree, index: int) -> list[dict[str, Any]]:
+def _rows(tree: RolloutTree, index: int, images: bool) -> list[dict[str, Any]]:
     place: dict[Segment | None, int] = {segment: i for i, segment in enumerate(tree.segments())}
     return [
         {
@@ -121,7 +122,7 @@ def _rows(tree: RolloutTree, index: int) -> list[dict[str, Any]]:
             "kind": segment.kind.value,
             "ids": segment.ids,
             "logprobs": segment.logprobs,
-            "images": [asdict(image) for image in segment.images],
+            "images": [asdict(image) | ({} if images else {"data": b""}) for image in segment.images],
             "calls": [asdict(call) for call in segment.calls],
             "resampled": segment.resampled,
             "outcome": segment.outcome and asdict(segment.outcome),

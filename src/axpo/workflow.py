@@ -97,7 +97,7 @@ async def run_training(
                     progress.stage(name, steps - done)
                 started = time.perf_counter()
                 trees, figures = await trainer.step(done)
-                run.save_trees(f"step_{done + 1:05d}", trees)
+                run.save_trees(f"step_{done + 1:05d}", trees, config.train.save_images)
                 figures["seconds"] = time.perf_counter() - started
                 on = alarms.step(figures)
                 run.log({"stage": name, **figures, "alarms": [alarm.name for alarm in on]})
@@ -146,7 +146,7 @@ async def run_evaluation(
         own = await evaluate(agent, questions, samples, config.seed, lambda: progress.step({}), ranks.share)
         groups = in_order(ranks.to_main(own))
         summary = ranks.of_main(summarise(groups, samples, config.method.threshold))
-    run.save_trees(f"eval_{name}", [tree for tree, _ in groups])
+    run.save_trees(f"eval_{name}", [tree for tree, _ in groups], config.train.save_images)
     run.log({"stage": "eval", "of": name, **summary, "seconds": time.perf_counter() - started})
     return summary
 

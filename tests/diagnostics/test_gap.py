@@ -66,6 +66,7 @@ def test_golden_figures_of_a_step():
         "all_wrong_tool": 1 / 2,  # of a and b, a
         "all_wrong_no_tool": 2 / 3,  # of a, b and c: b and c
         "one_outcome": 1 / 3,  # c
+        "truncated": 0.0,
         "call_tokens_positive": None,  # nothing is credited
         "call_tokens_zero": None,
         "call_tokens_negative": None,
@@ -85,6 +86,14 @@ def test_golden_figures_of_a_step():
         "tool_calls": 5,
         "tool_errors": 0,
     }
+
+
+def test_truncated_are_the_rollouts_that_a_limit_ended():
+    tree = new_tree()
+    for stop in StopReason:
+        reward = {StopReason.ANSWER: 1.0, StopReason.VOID: None}.get(stop, 0.0)
+        without(tree, reward).outcome = Outcome(stop, reward)
+    assert measure([tree])["truncated"] == 3 / 4  # of turns, tokens, images and an answer
 
 
 def test_nothing_is_none_and_not_zero():

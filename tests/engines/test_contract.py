@@ -17,6 +17,7 @@ from axpo.build import load_chat, load_model, make_engine
 from axpo.chat import Chat
 from axpo.config import Config, load_config
 from axpo.engines.base import Counters, Engine, Finish, Generation, RolloutKey
+from axpo.engines.vllm import VllmEngine
 from axpo.policy import banned_tokens
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="make test-vllm runs these")
@@ -174,6 +175,25 @@ def test_new_weights_take_effect(engine: Engine, model: Any, chat: Chat, prompts
         assert within(after, [fresh_logprobs(model, chat, r, a.ids) for r, a in zip(asked, after, strict=True)])
         assert [a.logprobs for a in after] != [b.logprobs for b in before]
         before = after
+
+
+def test_what_sleep_leaves_in_memory_reaches_no_text(
+    engine: Engine, model: Any, chat: Chat, prompts: dict[str, Prompt]
+) -> None:
+    """vLLM adds features to the tokens of images, and to others what it takes for zeros."""
+    if not isinstance(engine, VllmEngine):
+        pytest.skip("no other engine here gives its memory back")
+    engine._engine.apply_model(_spoil)
+    engine.sleep()
+    engine.update_weights()
+    asked = [request(prompts["text"], seed=5, max_tokens=12)]
+    found = answers(engine, asked)
+    assert within(found, [fresh_logprobs(model, chat, r, a.ids) for r, a in zip(asked, found, strict=True)])
+
+
+def _spoil(vllm_model: Any) -> None:
+    for features in vllm_model.deepstack_input_embeds:
+        features.fill_(3.0)
 
 
 def test_hundreds_are_in_flight_and_share_their_prompts(

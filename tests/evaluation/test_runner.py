@@ -45,6 +45,7 @@ def test_golden_summary():
         "pass1": pytest.approx((1 / 4 + 1 / 2 + 0 + 1 / 3) / 4),
         "pass4": pytest.approx(2 / 3),
         "tool_use": pytest.approx(4 / 15),
+        "truncated": 0.0,
         "accuracy_tool": pytest.approx(3 / 4),
         "accuracy_no_tool": pytest.approx(1 / 11),
         "all_wrong_tool": 0.0,

@@ -23,6 +23,10 @@ from axpo.rewards.extract import extract_answer, last_boxed
         (r"\boxed{\boxed{5}}", "5"),
         ("The answer is 4.\nNo: the final Answer is: (B) cat\nThank you", "(B) cat"),
         ("The answer is:\n\n  12 cm \n\n", "12 cm"),
+        ("I see.\n\nFinal answer: B\n", "B"),
+        ("**Answer:** 7\nThank you", "** 7"),  # whose marks are taken off before it is compared
+        ("Answer:\n\n7", "7"),
+        ("The answer to all of it: none", "The answer to all of it: none"),
         ("I added them.\n\n42", "42"),
         ("42", "42"),
         ("<answer></answer>", ""),
@@ -57,7 +61,7 @@ def _balanced(text: str) -> bool:
     return depth == 0
 
 
-@pytest.mark.parametrize("piece", [r"\boxed{", "<answer>", "answer is ", "{", "</think>"])
+@pytest.mark.parametrize("piece", [r"\boxed{", "<answer>", "answer is ", "answer:", "{", "</think>"])
 def test_repetition_takes_no_more_than_linear_time(piece: str) -> None:
     start = time.perf_counter()
     extract_answer(piece * 50_000)

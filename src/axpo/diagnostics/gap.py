@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from axpo.tree import Kind, RolloutTree, Segment, scored
+from axpo.tree import Kind, RolloutTree, Segment, StopReason, scored
 
 Figures = dict[str, float | int | None]
 
+_LIMITS = (StopReason.TURNS, StopReason.TOKENS, StopReason.IMAGES)
 ROUNDING = 1e-9  # advantages that cancel out over several streams may leave so much
 
 
@@ -28,6 +29,7 @@ def measure(trees: Sequence[RolloutTree], threshold: float = 0.5) -> Figures:
       where it is not empty.
     - `one_outcome`: the share of groups with one reward for all, in which plain GRPO finds nothing to learn.
     - `call_tokens_positive`, `_zero`, `_negative`: shares of the tokens of calls by their advantage (`call_shares`).
+    - `truncated`: the share of rollouts that a limit ended, on turns, tokens or images. Their reward is 0.
     - `turns_per_rollout`, `tokens_per_rollout`: means; a turn ends with an observation or the rollout, tokens are those
       of the policy.
 
@@ -39,7 +41,8 @@ def measure(trees: Sequence[RolloutTree], threshold: float = 0.5) -> Figures:
     groups = [scored(tree.base_leaves()) for tree in trees]
     tool = [[reward >= threshold for leaf, reward in group if leaf.uses_tool] for group in groups]
     none = [[reward >= threshold for leaf, reward in group if not leaf.uses_tool] for group in groups]
-    paths = [leaf.path() for group in groups for leaf, _ in group]
+    ends = [leaf for group in groups for leaf, _ in group]
+    paths = [leaf.path() for leaf in ends]
     later = [leaves for tree in trees for leaves in resamplings_of(tree)]
     second = [scored(leaves) for leaves in later if is_second_attempt(leaves[0])]
     resamplings = [scored(leaves) for leaves in later if not is_second_attempt(leaves[0])]
@@ -55,6 +58,7 @@ def measure(trees: Sequence[RolloutTree], threshold: float = 0.5) -> Figures:
         "one_outcome": mean(len({reward for _, reward in group}) == 1 for group in groups if group),
         **call_shares("call_tokens", base),
         **call_shares("resampled_call_tokens", drawn_later),
+        "truncated": mean(bool(leaf.outcome and leaf.outcome.stop in _LIMITS) for leaf in ends),
         "turns_per_rollout": mean(1 + sum(s.kind is Kind.OBSERVATION for s in path) for path in paths),
         "tokens_per_rollout": mean(sum(len(s) for s in path if s.kind is Kind.POLICY) for path in paths),
         "forked": len(resamplings),

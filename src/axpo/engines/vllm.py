@@ -118,6 +118,7 @@ class VllmEngine:
             self._engine.wake_up(["weights"])
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": policy_weights(self._model)})
         self._engine.apply_model(_pack_head)
+        self._engine.apply_model(_clear_features)
         if self._asleep:
             self._engine.wake_up(["kv_cache"])
         if not self._engine.reset_prefix_cache():
@@ -193,6 +194,13 @@ class VllmEngine:
         self.counters.reused_tokens += output.num_cached_tokens or 0
         self.counters.decoded_tokens += len(ids)
         return generation(ids, logprobs, self._chat.stop_id, request.sampling)
+
+
+def _clear_features(model: Any) -> None:
+    """What vLLM adds to the hidden states of tokens that are no image's (DeepStack): it takes it for zeros, but sleep
+    gives that memory back with the weights, and waking does not fill it."""
+    for features in getattr(model, "deepstack_input_embeds", None) or []:
+        features.zero_()
 
 
 def _pack_head(model: Any) -> None:

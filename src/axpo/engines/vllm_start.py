@@ -82,13 +82,13 @@ def start_vllm(
         "disable_log_stats": True,
         "hf_overrides": _interleaved,
     }
+    arguments["max_num_batched_tokens"] = max(8192, context)  # in one step, prompts and what tools answer
     if on_gpu:
         arguments["gpu_memory_utilization"] = size["memory"]
     else:
         arguments["kv_cache_memory_bytes"] = int(size["kv_memory"] * 2**30)
         # Where it cuts a prompt, vLLM rewinds the request's random numbers, which generators on the CPU cannot.
         arguments["enable_chunked_prefill"] = False
-        arguments["max_num_batched_tokens"] = max(8192, context)
     if chat.image_processor is not None:
         # What the largest image takes, for the memory that vLLM sets aside.
         edges = {key: chat.image_processor.size[key] for key in ("shortest_edge", "longest_edge")}

@@ -54,7 +54,7 @@ def summarise(groups: Sequence[Group], samples: int, threshold: float = 0.5) -> 
         "samples": samples,
         "pass1": mean(share for shares in families.values() for share in shares),
         f"pass{samples}": mean(pass_at_k(len(g), sum(g), samples) for g in rewards if len(g) >= samples),
-        **{name: figures[name] for name in ("tool_use", "accuracy_tool", "accuracy_no_tool")},
+        **{name: figures[name] for name in ("tool_use", "truncated", "accuracy_tool", "accuracy_no_tool")},
         **{name: figures[name] for name in ("all_wrong_tool", "all_wrong_no_tool", "void")},
         "families": {family: mean(shares) for family, shares in sorted(families.items()) if family},
     }

@@ -163,14 +163,20 @@ def _generating(config: Config, shape: Shape, sizes: Sizes, gpu_memory: int | No
     }
 
 
+def engine_itemsize(config: Config) -> int:
+    """Bytes of a number of the engine's: with `train.autocast` vLLM computes in bfloat16 (build.py)."""
+    return 2 if config.engine.name == "vllm" and config.train.autocast else itemsize(config)
+
+
 def kv_bytes(config: Config, shape: Shape) -> int:
     """Keys and values of one token."""
-    return 2 * shape.layers * shape.keys * itemsize(config)
+    return 2 * shape.layers * shape.keys * engine_itemsize(config)
 
 
 def vllm_least(config: Config, shape: Shape) -> int:
     """What vLLM needs of a GPU to generate one rollout: all weights, keys and values of the longest, and room."""
-    return shape.parameters * itemsize(config) + config.rollout.max_context * kv_bytes(config, shape) + VLLM_WORK
+    weights = shape.parameters * engine_itemsize(config)
+    return weights + config.rollout.max_context * kv_bytes(config, shape) + VLLM_WORK
 
 
 def host_bytes(config: Config, shape: Shape, tuning: bool = False) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich.console import RenderableType
 from rich.table import Table
 
-from axpo.plan.memory import PARTS, USABLE, VLLM_WORK, itemsize, kv_bytes, trained
+from axpo.plan.memory import PARTS, USABLE, VLLM_WORK, engine_itemsize, kv_bytes, trained
 from axpo.plan.planning import Plan, gib, vllm_share
 from axpo.plan.tokens import OBSERVATION_TEXT, PROMPT_TEXT
 
@@ -92,7 +92,7 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield f"How much memory a GPU has is not known{more}: --gpu-memory says it."
         return
     if colocated:
-        room = vllm_share(plan) - plan.shape.parameters * itemsize(plan.config) - VLLM_WORK
+        room = vllm_share(plan) - plan.shape.parameters * engine_itemsize(plan.config) - VLLM_WORK
         rollouts = int(room / kv_bytes(plan.config, plan.shape) / plan.config.rollout.max_context)
         yield f"vLLM's share has room for {max(0, rollouts)} rollouts of the longest at once."
     if not plan.excess:

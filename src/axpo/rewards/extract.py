@@ -2,7 +2,7 @@
 
 import re
 
-_ANSWER_IS = re.compile(r"\banswer\s+is\b[ \t]*:?+[ \t]*(?=\S)([^\n]*)", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"\banswer(?:\s+is\b[ \t]*:?+|[*_]{0,2}[ \t]*:)[ \t]*(?=\S)([^\n]*)", re.IGNORECASE)
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
@@ -10,8 +10,8 @@ def extract_answer(text: str) -> str:
     r"""The final answer of one rollout's text, stripped; empty if there is none.
 
     Looks only after the last `</think>`. The last `<answer>…</answer>` comes first, and inside it the last `\boxed{}`;
-    else the last `\boxed{}` of the text; else what follows the last "the answer is" on its line; else the last line
-    that is not empty.
+    else the last `\boxed{}` of the text; else what follows the last "the answer is" or "answer:" on its line; else the
+    last line that is not empty.
     """
     text = text.rpartition("</think>")[2]
     end = text.rfind("</answer>")

@@ -206,6 +206,14 @@ def parse_call(call_text: str) -> tuple[str, dict[str, Any]]:
     return call["name"], call["arguments"]
 
 
+def called_tool(call_text: str) -> str | None:
+    """The tool that a call names, None where the call is malformed."""
+    try:
+        return parse_call(call_text)[0]
+    except PolicyFault:
+        return None
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:

@@ -32,7 +32,7 @@ from typing import Any
 import PIL.Image
 
 from axpo.images import MAX_ASPECT, ImageTooLargeError, as_seen, open_image
-from axpo.tools.arguments import near, parse_call, read_arguments
+from axpo.tools.arguments import called_tool, near, parse_call, read_arguments
 from axpo.tools.conversation import Conversation
 from axpo.tools.faults import (
     Fault,
@@ -150,11 +150,8 @@ class Toolbox:
 
     def named(self, call_text: str) -> str:
         """The tool that a call names, "" where that is none of these."""
-        try:
-            name, _ = parse_call(call_text)
-        except PolicyFault:
-            return ""
-        return name if name in self._tools else ""
+        name = called_tool(call_text)
+        return name if name is not None and name in self._tools else ""
 
     async def repeat(self, call_text: str, conversation: Conversation) -> None:
         """Run a call again for what its tool keeps in the conversation, if it is one that can. Raises SystemFault."""
