@@ -242,7 +242,8 @@ def test_a_server_forgets_what_it_computed_with_the_old_weights(
 def test_a_vllm_that_cannot_be_imported_is_told_with_servers_too(
     holding: tuple[str, list[str]], tiny_model: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
+    for name in ["vllm", *(name for name in sys.modules if name.startswith("vllm."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"^engine.name: vLLM cannot be imported: .*vllm"):
         build.make_engine(load_config(None, ["engine.name=vllm", f"vllm.servers=[{holding[0]}]"]), tiny_model, chat)
 
