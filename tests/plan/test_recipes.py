@@ -131,7 +131,7 @@ def test_how_large_packs_may_be_is_as_the_readme_says(planned: Callable[..., tup
 
 def test_more_for_vllm_is_room_for_as_many_rollouts_as_the_readme_says(tmp_path: Path):
     (told,) = re.findall(
-        r"`(vllm\.memory=[\d.]+)` fits too, .* room for (\d+) of the\s+longest .* in place of (\d+)", README
+        r"`(vllm\.memory=[\d.]+)` fits too, .* room for (\d+) of\s+the\s+longest .* in place of (\d+)", README
     )
     folder = write_checkpoint(tmp_path / "model", CONFIGS["qwen3_vl_8b"])
     given = ("plan", EXAMPLES / "qwen3_vl_8b.yaml", f"model={folder}", "--gpu-memory", 79)
