@@ -341,7 +341,7 @@ def test_an_interrupted_run_is_usable(project: Path):
         ("model=.", "is not a checkpoint: it holds no config.json"),
         (
             "model=./nowhere",
-            "error: model: got './nowhere', but there is no such folder; a run's checkpoint is there on",
+            "/nowhere', but there is no such folder; a run's checkpoint is there once axpo sft or axpo",
         ),
         ("device=cuda:99", "error: device: got 'cuda:99', but torch"),
         ("rollout.max_context=60", "error: rollout.max_context: got 60, but the prompt of question zero alone has"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import axpo, mistake, succeed
 from plan.published import CONFIGS, write_checkpoint
+from torch.distributed.fsdp import FSDPModule
 
 from axpo.cli_plan import check_fit
 from axpo.cli_shared import QUICKSTART
@@ -84,6 +85,13 @@ def test_what_cannot_fit_is_refused_before_a_run_begins(model: str, monkeypatch:
     check(100, tuning=True)
     with pytest.raises(ConfigError, match="it does not fit"):
         check(40, tuning=True)
+
+
+def test_a_torch_that_cannot_share_weights_is_named_where_they_are_trained(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
+    check_fit(load_config(QUICKSTART, ["parallel.processes=2"]))
+    with pytest.raises(ConfigError, match=r"parallel.sharding: got 'full', which needs torch 2.13 or later; this is"):
+        check_fit(load_config(QUICKSTART, ["parallel={processes: 2, sharding: full}"]))
 
 
 def test_mistakes(model: str, tmp_path: Path):

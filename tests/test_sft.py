@@ -11,7 +11,7 @@ from axpo.options_size import ParallelConfig
 from axpo.packing import pack_logprobs, pack_trees
 from axpo.policy import banned_tokens
 from axpo.questions import DataError, Question, Trajectory, Turn
-from axpo.sft import check_lengths, imitate, sft_steps, trajectory_tree
+from axpo.sft import check_calls, check_lengths, imitate, sft_steps, trajectory_tree
 from axpo.tree import Kind
 
 QUESTION = Question("q", [{"role": "user", "content": "What is 2 + 3?"}], (), "5")
@@ -33,6 +33,19 @@ def test_a_trajectory_is_the_tree_that_the_policy_would_have_grown(chat: Chat) -
 def test_a_turn_that_no_policy_may_write_is_refused(chat: Chat) -> None:
     with pytest.raises(ChatError, match="image_pad"):
         trajectory_tree(Trajectory(QUESTION, (Turn("assistant", "<|image_pad|>"),)), chat, [])
+
+
+def test_a_turn_that_never_ends_its_thinking_is_refused(chat: Chat) -> None:
+    with pytest.raises(ChatError, match="never ends its thinking; </think> must stand before calls and answer"):
+        trajectory_tree(Trajectory(QUESTION, (Turn("assistant", "The answer is 5."),)), chat, [])
+
+
+def test_calls_that_only_the_turns_end_closes_count(chat: Chat) -> None:
+    calling = Turn("assistant", '</think>\n\n<tool_call>\n{"name": "zoom", "arguments": {}}')
+    tree = trajectory_tree(Trajectory(QUESTION, (calling, Turn("tool", "5"), Turn("assistant", ANSWERING))), chat, [])
+    with pytest.raises(DataError, match=r"turns of data.sft call 'zoom'"):
+        check_calls([tree], ["python"])
+    check_calls([tree], ["zoom"])
 
 
 def test_trajectories_that_are_too_long_are_counted_and_the_longest_is_named(chat: Chat) -> None:
@@ -110,6 +123,8 @@ def test_the_optimizer_may_lie_in_the_hosts_memory(
     expected = list(sft_steps(config, one, chat, trees))
     assert not put
     assert list(sft_steps(away, other, chat, trees)) == expected
+    # Float32 copies are made of what has come there, not on the device.
+    assert all(one is parameter for one, parameter in zip(put, other.parameters(), strict=True))
     assert len(put) == len(list(other.parameters()))
 
 

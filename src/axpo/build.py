@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from axpo.adapters import add_adapters
 from axpo.agent import Agent, Limits
 from axpo.chat import Chat
-from axpo.config import FOLDERS, MINIATURE, MINIATURE_SFT, Config, ConfigError, Source
+from axpo.config import MINIATURE, MINIATURE_SFT, Config, ConfigError, Source
 from axpo.engines.base import Engine, EngineError, Sampling
 from axpo.engines.local import LocalEngine
 from axpo.engines.vllm import VllmEngine
@@ -87,15 +87,12 @@ def model_path(config: Config) -> str | Path:
     """Where the config's model lies. Raises ConfigError for a path where no folder is."""
     if config.model in (MINIATURE, MINIATURE_SFT):
         return base.BASE if config.model == MINIATURE else base.SFT
-    if not config.model.startswith(FOLDERS):
-        return config.model
-    path = Path(os.path.expanduser(config.model))
-    if not path.is_dir():
+    if os.path.isabs(config.model) and not os.path.isdir(config.model):
         raise ConfigError(
             f"model: got {config.model!r}, but there is no such folder; a run's checkpoint is there once axpo sft or "
             "axpo train has written it"
         )
-    return path
+    return config.model
 
 
 def load_chat(config: Config) -> Chat:

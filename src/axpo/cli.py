@@ -267,9 +267,8 @@ def _sft(config: Config, ranks: "Ranks") -> None:
     check_fit(config, tuning=True)
     trees = None
     if config.data.sft != MINIATURE:
-        trajectories = build.load_sft_data(config)
-        check_calls(trajectories, toolbox.names)
-        trees = [_trajectory_tree(each, chat, toolbox) for each in trajectories]
+        trees = [_trajectory_tree(each, chat, toolbox) for each in build.load_sft_data(config)]
+        check_calls(trees, toolbox.names)
         check_lengths(trees, config.rollout.max_context)
     elif missing := {"zoom", "python", "search"}.difference(map(str, config.tools.names)):
         raise ConfigError(f"tools.names: the teacher of data.sft={MINIATURE} needs {', '.join(sorted(missing))}")

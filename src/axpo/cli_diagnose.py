@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,11 +85,11 @@ def diagnose(
                 return await draw(agent, asked, effort, threshold, config.seed, progress)
 
             draws = asyncio.run(measure())
-            run.save_trees("diagnose", draws.trees)
+            run.save_trees("diagnose", draws.trees, config.train.save_images)
             families = {question.id: question.family for question in asked}
             found = figures(draws, threshold)
             found["families"] = family_figures(draws.trees, families, threshold)
-            found["coverage"] = _coverage(Path(policy).expanduser(), threshold)
+            found["coverage"] = _coverage(Path(os.path.expanduser(policy)), threshold)
             run.save_summary({"model": config.model, "data": data, **found}, "diagnose")
             plot_gap(found, run.folder / "gap.png")
             plot_divergence(found, run.folder / "divergence.png")
@@ -117,7 +118,7 @@ def _config(policy: str, checkpoint: str, data: str, overrides: Sequence[str]) -
     """The config with which the policy is rolled out on the data into a new folder."""
     reason = "RUN_OR_CHECKPOINT is the model, DATA the questions"
     refuse(overrides, {"model": reason, "data": reason})
-    folder = Path(policy).expanduser()
+    folder = Path(os.path.expanduser(policy))
     file, model, output = None, policy, OUTPUT
     if (folder / "config.yaml").is_file():
         file, model = folder / "config.yaml", str(checkpoint_of_run(folder, checkpoint).absolute())

@@ -52,10 +52,14 @@ def plan(
 
 
 def check_fit(config: Config, tuning: bool = False) -> None:
-    """Raise ConfigError where the GPU's memory cannot hold what `axpo train`, or `axpo sft` (`tuning`), would take.
+    """Raise ConfigError where the GPU's memory cannot hold what `axpo train`, or `axpo sft` (`tuning`), would take, or
+    this torch cannot divide it.
 
-    Nothing is checked off CUDA, with `preflight` off, or of a model whose layers the plan does not know.
+    Memory is not checked off CUDA, with `preflight` off, or of a model whose layers the plan does not know.
     """
+    from axpo.sharding import check_sharding
+
+    check_sharding(config.parallel)
     if not config.preflight or not config.device.startswith("cuda"):
         return
     import torch

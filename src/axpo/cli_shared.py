@@ -120,10 +120,8 @@ def prepare(config: Config, described: bool = False) -> "tuple[Chat, Toolbox]":
     from axpo import build
     from axpo.adapters import check_adapters
     from axpo.chat import ChatError
-    from axpo.sharding import check_sharding
 
     check_adapters(config.lora)
-    check_sharding(config.parallel)
     # The loading bars and advice of these libraries are for people who call them themselves.
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

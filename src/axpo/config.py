@@ -35,6 +35,7 @@ from axpo.options import (
     Source,
     ToolsConfig,
     TrainConfig,
+    is_folder,
 )
 from axpo.options_size import LoraConfig, ParallelConfig, VllmConfig
 
@@ -208,9 +209,6 @@ def _parse(text: str | bytes, where: str) -> Any:
         raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
 
 
-FOLDERS = (".", "/", "~")  # how the path of a model begins where its folder need not be there yet
-
-
 def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
     """Make the relative paths of a YAML file relative to that file. What is of a wrong type is left for the check."""
 
@@ -219,7 +217,7 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
             return value
         return str(folder / os.path.expanduser(value))  # which leaves the homes of unknown users
 
-    if isinstance(model := data.get("model"), str) and (model.startswith(FOLDERS) or (folder / model).is_dir()):
+    if isinstance(model := data.get("model"), str) and is_folder(model, folder):
         data["model"] = resolve(model)
     if "output" in data:
         data["output"] = resolve(data["output"])

@@ -75,9 +75,14 @@ def _default_cache() -> Path:
     return _absolute(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "axpo")
 
 
-def _checkpoint(name: str) -> str:
+def is_folder(name: str, within: Path = Path()) -> bool:
+    """Whether a model's name is a path: its form says so where its folder is not there yet."""
     shipped = name in (MINIATURE, MINIATURE_SFT)
-    return str(_absolute(Path(name))) if not shipped and _absolute(Path(name)).is_dir() else name
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (not shipped and (within / name).is_dir())
+
+
+def _checkpoint(name: str) -> str:
+    return str(_absolute(Path(name))) if is_folder(name) else name
 
 
 def _device(name: str) -> str:

@@ -67,10 +67,11 @@ async def preflight(
     """
     started = time.perf_counter()
     chat, engine = agent.chat, agent.engine
+    toolbox = agent.toolbox.in_evaluation if folder else agent.toolbox  # a training evaluates, too
     found = [
         disk_space(config, model, folder) if folder else None,
         stable_template(chat, config),
-        *await answering_tools(agent.toolbox.in_evaluation, picture(0)),
+        *await answering_tools(toolbox, picture(0)),
     ]
     with computing(config, ranks):
         engine.sleep()

@@ -1,13 +1,12 @@
 """Supervised fine-tuning: the same trees, packing and forward, with likelihood as the loss."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from axpo.chat import CALL, END_CALL, END_THINK, THINK, Chat, ChatError
+from axpo.chat import END_THINK, THINK, Chat, ChatError
 from axpo.config import Config
 from axpo.minibatch import apply, minibatches
 from axpo.optimizer import Optimizer
@@ -17,45 +16,45 @@ from axpo.policy import banned_tokens, start_fingerprint, update_forward
 from axpo.questions import DataError, Trajectory
 from axpo.sharding import shard
 from axpo.tools.arguments import called_tool
-from axpo.tree import Credit, Kind, RolloutTree, Segment
+from axpo.tree import Credit, Kind, RolloutTree, Segment, ToolUse
 
 
 def trajectory_tree(trajectory: Trajectory, chat: Chat, tools: Sequence[dict[str, object]]) -> RolloutTree:
-    """A tree of one branch, as if the policy had written the assistant's turns.
+    """A tree of one branch, as if the policy had written the assistant's turns. Observations tell which tools they
+    answer, by the names in the calls.
 
-    Raises ChatError where a turn begins with the `<think>` that the prompt already ends with, or holds what a policy
-    must not write, and where an image does not open.
+    Raises ChatError where a turn begins with the `<think>` that the prompt already ends with, never ends its thinking,
+    or holds what a policy must not write, and where an image does not open.
     """
     question = trajectory.question
     tree = RolloutTree(question.id, *chat.prompt(question.messages, question.images, list(tools)))
     end = tree.root
+    uses: list[ToolUse] = []
     for turn in trajectory.turns:
         if turn.role == "assistant":
             if chat.opens_thinking and turn.content.lstrip().startswith(THINK):
                 raise ChatError(f"a turn begins with {THINK}, with which this model's prompt ends; leave it out")
             ids = chat.turn(turn.content)
-            end = tree.append(end, Kind.POLICY, ids, [0.0] * len(ids), calls=chat.parse(ids).calls)
+            written = chat.parse(ids)
+            if written.thinking_end is None:
+                raise ChatError(f"a turn never ends its thinking; {END_THINK} must stand before calls and answer")
+            uses = [ToolUse(called_tool(text) or "") for text in written.call_texts]
+            end = tree.append(end, Kind.POLICY, ids, [0.0] * len(ids), calls=written.calls)
         else:
             observation, images = chat.observation([(turn.content, turn.images)])
-            end = tree.append(end, Kind.OBSERVATION, observation, images=images)
+            end = tree.append(end, Kind.OBSERVATION, observation, images=images, uses=uses)
     return tree
 
 
-def check_calls(trajectories: Sequence[Trajectory], offered: Sequence[str]) -> None:
+def check_calls(trees: Sequence[RolloutTree], offered: Sequence[str]) -> None:
     """Raise DataError where turns call tools that are not `offered`: training would teach what rollouts then refuse."""
-    unknown: Counter[str] = Counter()
-    first = ""
-    for trajectory in trajectories:
-        said = [turn.content.rpartition(END_THINK)[2] for turn in trajectory.turns if turn.role == "assistant"]
-        calls = [call for text in said for call in re.findall(f"{CALL}(.*?){END_CALL}", text, re.DOTALL)]
-        if wrong := {name for call in calls if (name := called_tool(call)) is not None} - set(offered):
-            unknown.update(wrong)
-            first = first or trajectory.question.id
-    if unknown:
-        named = ", ".join(f"{name!r} ({count} trajectories)" for name, count in unknown.most_common(5))
+    called = [({use.name for s in tree.segments() for use in s.uses if use.name}, tree.question_id) for tree in trees]
+    if wrong := [(names - set(offered), name) for names, name in called if names - set(offered)]:
+        counts = Counter(name for names, _ in wrong for name in sorted(names))
+        named = ", ".join(f"{name!r} ({count} trajectories)" for name, count in counts.most_common(5))
         raise DataError(
             f"tools.names: offers {', '.join(offered) or 'nothing'}, but turns of data.sft call {named}, first in "
-            f"{first}; they must call tools by the names that they have here"
+            f"{wrong[0][1]}; they must call tools by the names that they have here"
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -24,9 +25,10 @@ from axpo.config import ConfigError, load_config
 from axpo.engines import vllm_requests, vllm_server_check, vllm_transfer
 from axpo.engines.base import Counters, EngineError, Finish, Sampling
 from axpo.engines.vllm_requests import generation, image_hash, placeholders, sampling_options
-from axpo.engines.vllm_start import refusal
+from axpo.engines.vllm_start import refusal, start_vllm
 from axpo.engines.vllm_transfer import Transfer
 from axpo.miniature.base import BASE
+from axpo.parallel import ALONE, RankError
 from axpo.policy import output_head, policy_weights
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="make test-vllm runs these")
@@ -182,6 +184,43 @@ def test_whatever_vllm_refuses_with_is_told_without_a_traceback(
     monkeypatch.setattr(build, "start_vllm", refuse)
     with pytest.raises(ConfigError, match=f"^(engine.name|model): vLLM does not start with it: {error}"):
         build.make_engine(load_config(None, ["engine.name=vllm"]), tiny_model, chat)
+
+
+def test_the_failure_of_another_process_is_not_told_as_vllms(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Any, chat: Chat
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RankError("process 3: out of memory")
+
+    monkeypatch.setattr(build, "start_vllm", fail)
+    with pytest.raises(RankError, match=r"^process 3: out of memory$"):
+        build.make_engine(load_config(None, ["engine.name=vllm"]), tiny_model, chat)
+
+
+@pytest.mark.parametrize(
+    ("device", "context", "tokens"), [("cuda", 16384, 8192), ("cpu", 16384, 16384), ("cpu", 99, 8192)]
+)
+def test_a_step_of_vllm_has_room_for_what_tools_answer(
+    monkeypatch: pytest.MonkeyPatch, chat: Chat, device: str, context: int, tokens: int
+) -> None:
+    """On a CPU, where prompts are not cut, for a whole one."""
+    asked: dict[str, Any] = {}
+
+    def arguments(**given: Any) -> None:
+        asked.update(given)
+        raise ValueError("no more is needed")
+
+    modules = {"vllm": {"EngineArgs": arguments}, "vllm.usage": {}, "vllm.v1": {}, "vllm.v1.engine": {}}
+    modules |= {"vllm.usage.usage_lib": {"UsageContext": None}, "vllm.v1.engine.llm_engine": {"LLMEngine": None}}
+    for name, content in modules.items():
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        vars(sys.modules[name]).update(content)
+    sizes = {"memory": 0.5, "kv_memory": 1.0, "eager": True}
+    given = {"dtype": "float32", "device": device, "max_batch": 8, "context": context, "images": 2, "ranks": ALONE}
+    with pytest.raises(ValueError, match="no more"):
+        start_vllm("model", chat, **given, **sizes)
+    assert asked["max_num_batched_tokens"] == tokens
+    assert asked.get("enable_chunked_prefill", True) == (device == "cuda")
 
 
 def test_vllm_lives_in_this_process_whatever_the_environment_says(

@@ -6,7 +6,7 @@ import pytest
 
 from axpo.config import Config, load_config
 from axpo.plan.activations import Batch
-from axpo.plan.memory import CONTEXT, GIB, PROCESS, VLLM_WORK, Moment, host_bytes, moments, vllm_least
+from axpo.plan.memory import CONTEXT, GIB, PROCESS, VLLM_WORK, Moment, host_bytes, kv_bytes, moments, vllm_least
 from axpo.plan.planning import make_plan, refusal, remedies
 from axpo.plan.shapes import Shape
 
@@ -122,6 +122,10 @@ def test_vllm_takes_its_share_of_the_gpu():
     assert not by_name(given)["rollout"].parts["vLLM"]
     token = 2 * 100 * 200 * 2  # keys and values of 100 layers, 2 heads of 100, in bfloat16
     assert vllm_least(given, SHAPE) == 2 * ALL + 5000 * token + VLLM_WORK
+    # With autocast it computes in bfloat16 over the trainer's float32 weights; the local engine has the latter.
+    both = ("train.autocast=true", "rollout.max_context=5000")
+    assert vllm_least(config("engine.name=vllm", *both), SHAPE) == 2 * ALL + 5000 * token + VLLM_WORK
+    assert kv_bytes(config("engine.name=vllm"), SHAPE) == kv_bytes(config(*both), SHAPE) == 2 * token
     served = config("engine.name=vllm", "vllm.servers=[http://localhost:8000]")
     assert not by_name(served, 40 * GIB)["rollout"].parts["vLLM"]
 

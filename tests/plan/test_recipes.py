@@ -26,8 +26,7 @@ from axpo.plan.planning import Plan, make_plan
 from axpo.plan.shapes import Shape, image_pixels, load_shape
 from axpo.questions import DataError, load_questions, load_trajectories
 from axpo.rewards.verify import verify
-from axpo.sft import check_calls
-from axpo.tools.arguments import called_tool
+from axpo.sft import check_calls, trajectory_tree
 from axpo.trainer import Trainer
 from axpo.tree import Outcome, StopReason
 
@@ -139,7 +138,7 @@ def test_more_for_vllm_is_room_for_as_many_rollouts_as_the_readme_says(tmp_path:
         assert f"room for {number} rollouts of the longest at once.\nIt fits" in succeed(*given, override).stdout
 
 
-def test_the_lines_of_the_readme_are_read(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+def test_the_lines_of_the_readme_are_read(tokenizer: PreTrainedTokenizerFast, image_processor: Any, tmp_path: Path):
     blocks = re.findall(r'^      (\{"question".*(?:\n        .*)*)', README, re.MULTILINE)
     question, trajectory = (" ".join(line.strip() for line in block.splitlines()) for block in blocks)
     for name, line in (("train", question), ("sft", trajectory)):
@@ -148,14 +147,14 @@ def test_the_lines_of_the_readme_are_read(tokenizer: PreTrainedTokenizerFast, tm
     (asked,) = load_questions(tmp_path / "train.jsonl")
     assert (len(asked.images), asked.answer) == (1, "7")
     (learned,) = load_trajectories(tmp_path / "sft.jsonl")
-    check_calls([learned], ["python"])
-    with pytest.raises(DataError, match="python"):
-        check_calls([learned], [])
-    chat = Chat(tokenizer)
+    chat = Chat(tokenizer, image_processor)
     assert chat.opens_thinking
-    calling, answering = (chat.parse(chat.turn(t.content)) for t in learned.turns if t.role == "assistant")
-    assert called_tool(calling.call_texts[0]) == "python"
-    assert verify(answering.answer, learned.question.answer).score == 1
+    tree = trajectory_tree(learned, chat, [])
+    check_calls([tree], ["python"])
+    with pytest.raises(DataError, match=r"turns of data.sft call 'python' \(1 trajectories\)"):
+        check_calls([tree], ["search"])
+    answer = chat.parse(tree.leaves()[0].ids.tolist()).answer
+    assert verify(answer, learned.question.answer).score == 1
 
 
 def test_offload_takes_as_much_of_the_host_as_the_readme_says(planned: Callable[..., tuple[Config, Plan]]):

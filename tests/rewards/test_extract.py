@@ -24,7 +24,9 @@ from axpo.rewards.extract import extract_answer, last_boxed
         ("The answer is 4.\nNo: the final Answer is: (B) cat\nThank you", "(B) cat"),
         ("The answer is:\n\n  12 cm \n\n", "12 cm"),
         ("I see.\n\nFinal answer: B\n", "B"),
-        ("**Answer:** 7\nThank you", "** 7"),  # whose marks are taken off before it is compared
+        ("**Answer:** 7\nThank you", "7"),
+        ("**Final Answer:**\n\n7", "7"),
+        ("To answer: we add them.\n\n7", "7"),
         ("Answer:\n\n7", "7"),
         ("The answer to all of it: none", "The answer to all of it: none"),
         ("I added them.\n\n42", "42"),

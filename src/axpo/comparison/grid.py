@@ -94,7 +94,7 @@ def load_grid(path: Path) -> Grid:
     folder = Path(os.path.abspath(path)).parent
     for key in ("config", "output", "start"):
         if isinstance(given.get(key), str):
-            given[key] = folder / Path(given[key]).expanduser()
+            given[key] = folder / os.path.expanduser(given[key])
     try:
         grid = Grid.model_validate(given)
     except ValidationError as error:

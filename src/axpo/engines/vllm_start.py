@@ -82,7 +82,8 @@ def start_vllm(
         "disable_log_stats": True,
         "hf_overrides": _interleaved,
     }
-    arguments["max_num_batched_tokens"] = max(8192, context)  # in one step, prompts and what tools answer
+    # In one step, of prompts and what tools answer; vLLM's own default here would be 2048.
+    arguments["max_num_batched_tokens"] = 8192 if on_gpu else max(8192, context)
     if on_gpu:
         arguments["gpu_memory_utilization"] = size["memory"]
     else:

@@ -39,7 +39,7 @@ def quickstart(
 
     async def learn() -> None:
         trees = await teach(chat, toolbox, progress, config.seed)
-        run.save_trees("teacher", trees[:50])
+        run.save_trees("teacher", trees[:50], config.train.save_images)
         await run_sft(config, run, progress, model, chat, trees, "sft")
         assert data.eval is not None
         engine.update_weights()

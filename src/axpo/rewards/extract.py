@@ -2,7 +2,9 @@
 
 import re
 
-_ANSWER_IS = re.compile(r"\banswer(?:\s+is\b[ \t]*:?+|[*_]{0,2}[ \t]*:)[ \t]*(?=\S)([^\n]*)", re.IGNORECASE)
+_ANSWER_IS = re.compile(
+    r"(?<!\bto )\banswer(?:\s+is\b[ \t]*:?+|[*_]{0,2}[ \t]*:)[*_ \t]*+(?=\S)([^\n]*)", re.IGNORECASE
+)
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
