@@ -83,6 +83,10 @@ def test_paths_in_a_file_are_relative_to_it_and_in_an_override_to_the_current_fo
     assert load_config(None, ["model=runs/later/checkpoint"]).model == str(tmp_path / "here/runs/later/checkpoint")
     assert load_config(write(tmp_path / "there", "model: Qwen/Qwen3-VL-2B\n")).model == "Qwen/Qwen3-VL-2B"
     assert load_config(None).output == tmp_path / "here" / "runs" / "axpo"
+    (tmp_path / "here" / "mine").mkdir()
+    assert problem(write(tmp_path / "there", "model: mine\n")) == (
+        f"model: got 'mine', a folder here but not in {tmp_path}/there; a path in a file is relative to that file"
+    )
 
 
 def test_a_saved_config_loads_back_equal_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +283,7 @@ def test_a_file_that_is_missing(tmp_path: Path) -> None:
     assert "is not a file" in problem(tmp_path)
 
 
-@example("~nobody")  # whose home is not known
+@example("~no-such-user")  # whose home is not known
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=2)))
 def test_any_value_is_taken_or_refused_by_a_config_error(value: Any) -> None:
     for key in ("seed", "train", "model", "tools.names", "data.train", "output"):

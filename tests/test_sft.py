@@ -40,6 +40,11 @@ def test_a_turn_that_never_ends_its_thinking_is_refused(chat: Chat) -> None:
         trajectory_tree(Trajectory(QUESTION, (Turn("assistant", "The answer is 5."),)), chat, [])
 
 
+def test_a_call_that_nothing_answers_is_refused(chat: Chat) -> None:
+    with pytest.raises(ChatError, match="the last turn calls a tool, which nothing answers"):
+        trajectory_tree(Trajectory(QUESTION, (Turn("assistant", CALLING),)), chat, [])
+
+
 def test_calls_that_only_the_turns_end_closes_count(chat: Chat) -> None:
     calling = Turn("assistant", '</think>\n\n<tool_call>\n{"name": "zoom", "arguments": {}}')
     tree = trajectory_tree(Trajectory(QUESTION, (calling, Turn("tool", "5"), Turn("assistant", ANSWERING))), chat, [])

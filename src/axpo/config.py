@@ -217,8 +217,13 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
             return value
         return str(folder / os.path.expanduser(value))  # which leaves the homes of unknown users
 
-    if isinstance(model := data.get("model"), str) and is_folder(model, folder):
-        data["model"] = resolve(model)
+    if isinstance(model := data.get("model"), str):
+        if is_folder(model, folder):
+            data["model"] = resolve(model)
+        elif is_folder(model):
+            raise ConfigError(
+                f"model: got {model!r}, a folder here but not in {folder}; a path in a file is relative to that file"
+            )
     if "output" in data:
         data["output"] = resolve(data["output"])
     sources, tools = data.get("data"), data.get("tools")

@@ -77,8 +77,9 @@ def _default_cache() -> Path:
 
 def is_folder(name: str, within: Path = Path()) -> bool:
     """Whether a model's name is a path: its form says so where its folder is not there yet."""
-    shipped = name in (MINIATURE, MINIATURE_SFT)
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (not shipped and (within / name).is_dir())
+    if name in ("", MINIATURE, MINIATURE_SFT):
+        return False
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (within / name).is_dir()
 
 
 def _checkpoint(name: str) -> str:

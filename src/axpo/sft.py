@@ -24,7 +24,7 @@ def trajectory_tree(trajectory: Trajectory, chat: Chat, tools: Sequence[dict[str
     answer, by the names in the calls.
 
     Raises ChatError where a turn begins with the `<think>` that the prompt already ends with, never ends its thinking,
-    or holds what a policy must not write, and where an image does not open.
+    or holds what a policy must not write, where the last one calls a tool, and where an image does not open.
     """
     question = trajectory.question
     tree = RolloutTree(question.id, *chat.prompt(question.messages, question.images, list(tools)))
@@ -43,6 +43,8 @@ def trajectory_tree(trajectory: Trajectory, chat: Chat, tools: Sequence[dict[str
         else:
             observation, images = chat.observation([(turn.content, turn.images)])
             end = tree.append(end, Kind.OBSERVATION, observation, images=images, uses=uses)
+    if uses:
+        raise ChatError("the last turn calls a tool, which nothing answers")
     return tree
 
 

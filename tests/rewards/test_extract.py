@@ -26,6 +26,10 @@ from axpo.rewards.extract import extract_answer, last_boxed
         ("I see.\n\nFinal answer: B\n", "B"),
         ("**Answer:** 7\nThank you", "7"),
         ("**Final Answer:**\n\n7", "7"),
+        ("I check whether the answer is right.\n\n**Final Answer:**\n\n7", "7"),
+        ("**The answer is**: B", "B"),
+        ("The answer is :\n\n7", "7"),
+        ("***Answer***: 7", "7"),
         ("To answer: we add them.\n\n7", "7"),
         ("Answer:\n\n7", "7"),
         ("The answer to all of it: none", "The answer to all of it: none"),
@@ -63,8 +67,9 @@ def _balanced(text: str) -> bool:
     return depth == 0
 
 
-@pytest.mark.parametrize("piece", [r"\boxed{", "<answer>", "answer is ", "answer:", "{", "</think>"])
+@pytest.mark.parametrize("piece", [r"\boxed{", "<answer>", "answer is ", "answer:", "answer", " \t", "{", "</think>"])
 def test_repetition_takes_no_more_than_linear_time(piece: str) -> None:
     start = time.perf_counter()
     extract_answer(piece * 50_000)
+    extract_answer("answer is" + piece * 50_000 + "\n")
     assert time.perf_counter() - start < 2

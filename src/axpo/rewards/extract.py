@@ -2,9 +2,7 @@
 
 import re
 
-_ANSWER_IS = re.compile(
-    r"(?<!\bto )\banswer(?:\s+is\b[ \t]*:?+|[*_]{0,2}[ \t]*:)[*_ \t]*+(?=\S)([^\n]*)", re.IGNORECASE
-)
+_ANSWER_IS = re.compile(r"(?<!\bto )\banswer(?:\s+is\b[* \t]*+:?+|[*_]*+[ \t]*+:)[*_ \t]*+([^\n]*)", re.IGNORECASE)
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
@@ -12,8 +10,8 @@ def extract_answer(text: str) -> str:
     r"""The final answer of one rollout's text, stripped; empty if there is none.
 
     Looks only after the last `</think>`. The last `<answer>…</answer>` comes first, and inside it the last `\boxed{}`;
-    else the last `\boxed{}` of the text; else what follows the last "the answer is" or "answer:" on its line; else the
-    last line that is not empty.
+    else the last `\boxed{}` of the text; else what follows the last "the answer is" or "answer:" on its line; where
+    nothing follows, or there is neither, the last line that is not empty.
     """
     text = text.rpartition("</think>")[2]
     end = text.rfind("</answer>")
@@ -26,7 +24,7 @@ def extract_answer(text: str) -> str:
     if boxed is not None:
         return boxed.strip()
     tails = _ANSWER_IS.findall(text)
-    if tails:
+    if tails and tails[-1].strip():
         return str(tails[-1]).strip()
     lines = text.strip().splitlines()
     return lines[-1].strip() if lines else ""
