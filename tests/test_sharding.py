@@ -84,9 +84,10 @@ def test_fine_tuning_that_is_interrupted_leaves_what_was_learnt(tmp_path: Path) 
 
 
 FAILING = """
-import sys
+import sys, traceback
 from axpo import build, trainer
 from axpo.config import load_config
+from axpo.launch import end_rank
 from axpo.miniature.base import SFT
 from axpo.parallel import joined
 
@@ -94,14 +95,20 @@ def fail(*_, **__):
     raise MemoryError("no memory left")
 
 config = load_config(None, ["model=miniature_sft", "parallel.processes=2", "parallel.sharding=full", "threads=1"])
-with joined(config) as ranks:
-    chat, model = build.load_chat(config), build.load_model(config)
-    engine = build.make_engine(config, model, chat, ranks=ranks)
-    agent = build.training_agent(config, engine, chat, build.load_toolbox(config, chat))
-    if not ranks.main:
-        setattr(trainer, sys.argv[1], fail)
-    made = trainer.Trainer(config, agent, model, [], ranks)
-    made.restore({"start": made.start}, SFT)
+try:
+    with joined(config) as ranks:
+        chat, model = build.load_chat(config), build.load_model(config)
+        engine = build.make_engine(config, model, chat, ranks=ranks)
+        agent = build.training_agent(config, engine, chat, build.load_toolbox(config, chat))
+        if not ranks.main:
+            setattr(trainer, sys.argv[1], fail)
+        made = trainer.Trainer(config, agent, model, [], ranks)
+        made.restore({"start": made.start}, SFT)
+except SystemExit as ended:
+    end_rank(ended.code)
+except Exception:
+    traceback.print_exc()
+    end_rank(1)
 """
 
 
