@@ -171,12 +171,11 @@ def _vllm_engine(config: Config, model: PreTrainedModel, chat: Chat, ranks: Rank
             raise ConfigError(str(error)) from error
         except ImportError as error:  # of vLLM, by which requests and weights are packed
             raise ConfigError(f"engine.name: vLLM cannot be imported: {error}") from error
-    dtype = "bfloat16" if config.train.autocast else config.dtype
     start = partial(
         start_vllm,
         model_path(config),
         chat,
-        dtype=dtype,
+        dtype=config.precision,
         device=config.device,
         max_batch=config.engine.max_batch,
         context=config.rollout.max_context,

@@ -99,10 +99,15 @@ class Config(Section):
         return self.rollout.rollouts * int(self.method.num_rollouts.removesuffix("x"))
 
     @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """What updates, and vLLM, compute in."""
+        return "bfloat16" if self.train.autocast else self.dtype
+
+    @property
     def sampling_is_exact(self) -> bool:
         """Whether the log-probs of sampling are those of the whole distribution, and rounded as the update's are."""
         whole = self.rollout.top_p == 1 and self.rollout.top_k == 0 and self.engine.name == "local"
-        return whole and self.dtype == "float32" and not self.train.autocast
+        return whole and self.precision == "float32"
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":

@@ -46,7 +46,7 @@ OVER_NOISE = 4
 # float32 other kernels give 1e-5. In bfloat16 a logit of 16 to 32 is rounded by up to 0.06, so that a few hundredths
 # remain; a picture that is lost, or weights that are not the trainer's, give 0.5 and more. The bound is where
 # alarms.mismatch warns.
-AGREED = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+AGREED = {"float32": 1e-3, "bfloat16": 0.05}
 TOKENS = 16  # that the engine generates
 TOOL_SECONDS = 60.0  # that one tool may take to answer, retries included
 _CALL = '<tool_call>\n{"name": "axpo_probe", "arguments": {}}\n</tool_call>'
@@ -177,10 +177,6 @@ def next_logprobs(config: Config, model: PreTrainedModel, chat: Chat, leaf: Segm
     return policy_logprobs(logits[0], banned_tokens(chat, model))[0]
 
 
-def _precision(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.train.autocast else getattr(torch, config.dtype)
-
-
 # Template -------------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +237,7 @@ async def agreement(config: Config, model: PreTrainedModel, agent: Agent) -> str
     with torch.no_grad(), update_forward(model, autocast=config.train.autocast):
         known = pack_logprobs(model, pack, chat, banned_tokens(chat, model), sampling.temperature)
     found = Mismatch.of(pack.old_logprobs, known).figures()
-    most_off = AGREED[_precision(config)]
+    most_off = AGREED[config.precision]
     if found["mismatch_mean"] is not None and found["mismatch_mean"] <= most_off:
         return None
     return (

@@ -50,13 +50,14 @@ def trajectory_tree(trajectory: Trajectory, chat: Chat, tools: Sequence[dict[str
 
 def check_calls(trees: Sequence[RolloutTree], offered: Sequence[str]) -> None:
     """Raise DataError where turns call tools that are not `offered`: training would teach what rollouts then refuse."""
-    called = [({use.name for s in tree.segments() for use in s.uses if use.name}, tree.question_id) for tree in trees]
-    if wrong := [(names - set(offered), name) for names, name in called if names - set(offered)]:
-        counts = Counter(name for names, _ in wrong for name in sorted(names))
+    known = {"", *offered}  # a malformed call names none
+    called = [(tree.question_id, {use.name for s in tree.segments() for use in s.uses}) for tree in trees]
+    if wrong := [(question, unknown) for question, names in called if (unknown := names - known)]:
+        counts = Counter(name for _, unknown in wrong for name in sorted(unknown))
         named = ", ".join(f"{name!r} ({count} trajectories)" for name, count in counts.most_common(5))
         raise DataError(
             f"tools.names: offers {', '.join(offered) or 'nothing'}, but turns of data.sft call {named}, first in "
-            f"{wrong[0][1]}; they must call tools by the names that they have here"
+            f"{wrong[0][0]}; they must call tools by the names that they have here"
         )
 
 

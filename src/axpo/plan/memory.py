@@ -164,8 +164,8 @@ def _generating(config: Config, shape: Shape, sizes: Sizes, gpu_memory: int | No
 
 
 def engine_itemsize(config: Config) -> int:
-    """Bytes of a number of the engine's: with `train.autocast` vLLM computes in bfloat16 (build.py)."""
-    return 2 if config.engine.name == "vllm" and config.train.autocast else itemsize(config)
+    """Bytes of a weight of the engine's, and of its keys and values."""
+    return 2 if config.engine.name == "vllm" and config.precision == "bfloat16" else itemsize(config)
 
 
 def kv_bytes(config: Config, shape: Shape) -> int:
